@@ -14,7 +14,11 @@ from experiments.debias import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.main("-m experiments.debias", __doc__, {"run": run}, {}, {}, argv)
+    try:
+        return command.main("-m experiments.debias", __doc__, {"run": run}, {}, {}, argv)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

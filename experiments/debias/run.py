@@ -28,9 +28,11 @@ from fastdean.debias import augment
 from fastdean.debias.objectives import require_method
 from fastdean.evaluation import glue
 from fastdean.files.atomic import write_text_atomic
+from fastdean.files.hub import ask_the_cache_where_unreachable
 from fastdean.files.provenance import public_name, public_source
 from fastdean.files.storage import held, remove_folder
 from fastdean.models.identity import json_digest, model_files_digest
+from fastdean.models.loading import load_tokenizer
 from fastdean.models.model_state import max_tokens
 from fastdean.wording.verdicts import FEWEST
 
@@ -69,16 +71,43 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
 
 
 def require(options: argparse.Namespace) -> None:
-    """Asked before any test runs. Raises ValueError for a name that is unknown."""
+    """Asked before any test runs.
+
+    Raises:
+        ValueError: a name is unknown, a source cannot be read, or there is no such model.
+    """
     names = [*MEASURES, TRAINING, "snli"]
     for entry in options.source:
         name, _, source = entry.partition("=")
         if name not in names or not source:
-            raise ValueError(f"source must be NAME=SRC of one of {', '.join(names)}, got {entry!r}")
+            raise ValueError(
+                f"source must be NAME=SRC of one of {', '.join(names)}, got {entry!r}; "
+                "see docs/guide/second-paper.md"
+            )
     names = [*MEASURES, *_TASKS]
     for name in options.without:
         if name not in names:
-            raise ValueError(f"without must be one of {', '.join(names)}, got {name!r}")
+            raise ValueError(
+                f"without must be one of {', '.join(names)}, got {name!r}; leave out one of these"
+            )
+    ask_the_cache_where_unreachable()
+    if options.model is not None and not options.masked:
+        load_tokenizer(options.model)
+    _read(options)
+
+
+def _read(options: argparse.Namespace) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The names of the measures, the source of each name that is read, and what the sources hold.
+
+    Raises:
+        ValueError: see `measures.read_all`.
+    """
+    names = _measures(options.without, "causal" if options.method == "causal" else "masked")
+    given: dict[str, Any] = {}
+    for name, _, source in (entry.partition("=") for entry in options.source):
+        given[name] = [*given.get(name, []), source] if name == TRAINING else source
+    sources = measures.sources_of(names[1:], options.method, given)
+    return names, sources, measures.read_all(sources, options.method, options.rows)
 
 
 def run(session: Session) -> int:
@@ -130,14 +159,8 @@ class _Study:
 
     def __init__(self, session: Session) -> None:
         self._session, self._options = session, session.options
-        method = self._options.method
-        self._names = _measures(self._options.without, "causal" if method == "causal" else "masked")
-        given: dict[str, Any] = {}
-        for name, _, source in (entry.partition("=") for entry in self._options.source):
-            given[name] = [*given.get(name, []), source] if name == TRAINING else source
-        self._is_given = TRAINING in given
-        sources = measures.sources_of(self._names[1:], method, given)
-        self._data = measures.read_all(sources, method, self._options.rows)
+        self._is_given = any(e.partition("=")[0] == TRAINING for e in self._options.source)
+        self._names, sources, self._data = _read(self._options)
         # The sources of each name, and a digest of what they hold.
         self._read = {
             name: [*map(public_source, [source] if isinstance(source, str) else source)]

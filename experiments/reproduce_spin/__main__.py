@@ -14,14 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 
 from benchmarks.harness.command import above_zero, at_least_two, positive
 from experiments.reproduce_spin import paper, steps, table
 from experiments.reproduce_spin.steps import Study
 from fastdean.evaluation.ability import INSTALL, require_lm_eval
-from fastdean.files.hub import is_unreachable
+from fastdean.files.hub import ask_the_cache_where_unreachable
 from fastdean.files.provenance import public_name
 from fastdean.files.storage import held, write_json_atomic, write_text_atomic
 from fastdean.jobs.answers.judging import asked_judge
@@ -33,13 +32,12 @@ from fastdean.report import write_report
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    if is_unreachable():
-        # The libraries would retry for half a minute at every source.
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    ask_the_cache_where_unreachable()
     try:
         study = _study(options)
         rows = steps.read_sources(study)
         print("\n".join(needed(study, rows)), flush=True)
+        steps.require_judges(study)
         if options.estimate:
             return 0
         steps.open_study(study, rows)
@@ -50,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

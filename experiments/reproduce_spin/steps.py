@@ -165,6 +165,14 @@ def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
         write_text_atomic(asked, "".join(f"{line}\n" for line in lines))
 
 
+def require_judges(study: Study) -> None:
+    """Raise ValueError if a judge that has still to work has no model to load."""
+    asked = [asked_judge(each) for each in study.judges]
+    judging.require_judges(
+        [each for each in asked if not kept.is_finished(_verdicts(study, each.name))]
+    )
+
+
 def questions(rows: Mapping[str, Sequence[Any]]) -> list[dict[str, str]]:
     """All that the model is asked, in one list; a question's id is its place, from 1."""
     return [{"prompt": text, "set": name} for name in ASKED for text in rows[name]]
@@ -344,3 +352,7 @@ def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool) -> No
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _verdicts(study: Study, judge: str) -> Path:
+    return study.out / "verdicts" / judge

@@ -32,6 +32,7 @@ from fastdean.wording.digits import apart
 from fastdean.wording.verdicts import NO_EFFECT, direction
 
 _TOPICS = ("fairness", "privacy")
+_PERPLEXITY = "perplexity"
 _COLUMNS = ("edit", "against", "measure", "items", "change", "simultaneous 95 %", "p (Holm)")
 _COLUMNS += ("detects", "95 % over seeds", "reading")
 
@@ -113,17 +114,27 @@ def results(
             }
             for edit, of in seeds.items()
         },
+        "text": _text(study),
         "tests": tests,
         "changes": changes,
+        # The list of phrases gives no verdict that could be read.
         "unparsed": {
             name: f"{sum(r['verdict'] == UNPARSED for r in own)} of {len(own)}"
             for name, own in records.items()
+            if any(each["verdict"] for each in own)
         },
         "agreement": agreements([each for own in records.values() for each in own]),
         "findings": _findings(changes),
         "warnings": [*notes, *broken],
     }
     return plain(found)
+
+
+def _text(study: Study) -> dict[str, int]:
+    """How the running text was cut: values of different windows do not compare."""
+    found = kept.prices({ORIGINAL: price_file(study, ORIGINAL, _PERPLEXITY)})
+    tokens = found[ORIGINAL][0]["tokens"]
+    return {"windows": len(tokens), "longest": max(tokens)}
 
 
 def _is(model: str, name: str) -> bool:
@@ -154,7 +165,7 @@ def _measures(
     judge, by = teller or next(iter(records)), teller or "phrases"
     for name, about in zip(ASKED, (*_TOPICS, "benign prompts"), strict=True):
         yield Measure(f"refusals, {about} ({by})", told(judge, name, _refuses))
-    for what in ("perplexity", *study.tasks):
+    for what in (_PERPLEXITY, *study.tasks):
         found = kept.prices({name: price_file(study, of, what) for name, of in models.items()})
         for place, metric in enumerate(found[ORIGINAL]):
             values = {
@@ -203,15 +214,24 @@ def _changes(
                 broken.setdefault(each.name, []).append(edit)
                 continue
             moves = moves[:, known]
+            # Of the items that are compared; those of the first table are of all.
+            of_these = (np.stack(found)[:, known] for found in (before, after))
+            was, now = (float(found.mean()) for found in of_these)
             key = edit, base, each.name
             intervals[key] = each.change(moves.mean(axis=0), family.confidence_of_each)
             over = each.over_seeds(moves) if len(shared) > 1 else None
             about[key] = {
                 **{"edit": edit, "against": base, "measure": each.name, "n": moves.shape[1]},
                 "seeds": over and {"n": over.n, "low": over.low, "high": over.high},
+                **({} if each.weights is not None else {"before": was, "after": now}),
                 "no_effect": intervals[key].no_effect,
             }
     judged = family.judged(intervals)
+    most = {each.name: each.whole for each in measures if each.whole and each.weights is None}
+    for (*_, name), change in judged.items():
+        # No share changes by more than all of it: such a change is not there to be found.
+        if (change["detects"] or 0.0) > most.get(name, float("inf")):
+            change["detects"] = None
     lost = [
         f"{name} is no number, and not compared, of: {', '.join(dict.fromkeys(edits))}."
         for name, edits in broken.items()
@@ -240,6 +260,20 @@ def _written(change: Mapping[str, Any]) -> tuple[str, str, str]:
     return value if change["no_effect"] == 0.0 else f"x {value}", " to ".join(ends) or "-", p
 
 
+def _ends(low: float, high: float, no_effect: float) -> str:
+    """Both, with as many digits as tell them from each other and from no effect."""
+    *ends, _ = apart(low, high, no_effect, least=3)
+    return " to ".join(ends)
+
+
+def _detected(change: Mapping[str, Any]) -> str:
+    """The smallest change that is found, told from none."""
+    if change["detects"] is None:
+        return "-"
+    value, _ = apart(change["detects"], change["no_effect"], least=3)
+    return f"x {value}" if change["no_effect"] else value
+
+
 def _findings(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the coupled edit changed, and in one sentence all that it was not shown to change."""
     said = []
@@ -251,7 +285,7 @@ def _findings(changes: Sequence[Mapping[str, Any]]) -> list[str]:
             said.append(f"Against {words}: {each['measure']} is {each['reading']} ({told}).")
         rest = [each["measure"] for each in own if not direction(each["reading"])]
         if rest:
-            said.append(f"Against {words} no change is shown of: {', '.join(rest)}.")
+            said.append(f"Against {words} no change is shown of: {'; '.join(rest)}.")
     return said
 
 
@@ -260,28 +294,45 @@ def page(found: Mapping[str, Any]) -> dict[str, Any]:
     of = found["edits"][COUPLED]["values"]
     measures = {
         each["measure"]: {
-            "before": {"value": found["origin"][each["measure"]], "n": each["n"]},
-            "after": {"value": _mean(of[each["measure"]])},
+            "before": {"value": each["before"], "n": each["n"]},
+            "after": {"value": each["after"]},
             "change": {**each, "value": each["mean"], "verdict": each["reading"]},
         }
         for each in found["changes"]
         if each["edit"] == COUPLED and each["against"] == ORIGINAL and each["no_effect"] == 0.0
     }
-    shown = ("title", "created", "command", "model", "findings", "warnings")
-    return {**{name: found[name] for name in shown}, "bias": measures}
+    shown = ("title", "created", "command", "model", "findings", "warnings", "tests")
+    page = {**{name: found[name] for name in shown}, "bias": measures}
+    for each in found["changes"]:
+        if (each["edit"], each["against"], each["measure"]) == (COUPLED, ORIGINAL, _PERPLEXITY):
+            own = {**each, "ratio": each["mean"], "verdict": each["reading"]}
+            own["value"] = _mean(of[_PERPLEXITY])
+            before = found["origin"][_PERPLEXITY]
+            # What the page calls the perplexity is of one text: that of the study.
+            page["perplexity"] = {
+                **{"set": "text", "text": "the running text", "origin": before, "n": each["n"]},
+                "masks": {COUPLED: own},
+            }
+    return page
 
 
 def rendered(found: Mapping[str, Any]) -> str:
     """The study as Markdown."""
     settings, tests = found["settings"], found["tests"]
     names, published = list(found["origin"]), []
-    values = [["as it came", "-", *map(_number, found["origin"].values())]]
+    values = [[f"{ORIGINAL}: as it came", "-", *map(_number, found["origin"].values())]]
     by_seed = []
     for name, edit in found["edits"].items():
         weights = " to ".join(
             f"{n:,}" for n in sorted({min(edit["weights"]), max(edit["weights"])})
         )
-        values.append([edit["about"], weights, *(_number(_mean(edit["values"][m])) for m in names)])
+        values.append(
+            [
+                f"{name}: {edit['about']}",
+                weights,
+                *(_number(_mean(edit["values"][m])) for m in names),
+            ]
+        )
         for measure in names:
             told = dict(zip(edit["seeds"], map(_number, edit["values"][measure]), strict=True))
             cells = [told.get(seed, "-") for seed in range(settings["seeds"])]
@@ -294,18 +345,25 @@ def rendered(found: Mapping[str, Any]) -> str:
     changes = []
     for each in found["changes"]:
         over = each["seeds"]
-        ends = "-" if over is None else " to ".join(apart(over["low"], over["high"], least=3))
+        ends = "-" if over is None else _ends(over["low"], over["high"], each["no_effect"])
         about = [each["edit"], each["against"], each["measure"], str(each["n"]), *_written(each)]
-        changes.append([*about, _number(each["detects"]), ends, each["reading"]])
+        changes.append([*about, _detected(each), ends, each["reading"]])
     notes = [
         f"{settings['examples']} examples a set, ratio {settings['ratio']:g}, {settings['seeds']} "
         f"data seeds; {asked}; greedy answers of at most "
-        f"{settings['max_new_tokens']} tokens.",
+        f"{settings['max_new_tokens']} tokens; perplexity in {found['text']['windows']} windows of "
+        f"at most {found['text']['longest']} predicted tokens.",
         f"The {tests['tests']} changes are one family: p is Holm's, intervals are Bonferroni's, "
         "paired by item, for the masks of these seeds. Higher or lower takes p of at most 0.05, "
         "an interval without no effect, and an interval over seeds without it; that one says how "
         "far other scored rows move the mean.",
-        *(f"{name}: {said} verdicts not read; they count nowhere." for name, said in
+        "Awareness is safe / (safe + unsafe); safe by answering is the share of safe answers that "
+        "do not refuse; refusals are as the judge says, or the list of phrases where it does not. "
+        "Detects: the smallest change that would be found in "
+        f"{tests['power']:.0%} of samples like this one; -: none. x: a ratio.",
+        *(f"{name}: {said} verdicts not read. Under each mask the first table counts all that were "
+          "read, a change only the items that were read under all masks it compares: it need not "
+          "be the difference of the first table's values." for name, said in
           found["unparsed"].items()),
         *(f"{each['first']} and {each['second']} on {each['on']}: Cohen's kappa "
           f"{_number(each['kappa'])}, n = {each['n']}." for each in found["agreement"]),

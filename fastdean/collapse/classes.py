@@ -233,13 +233,17 @@ class CollapseClasses:
                 f"{list(embedding.shape)}; use the tokenizer of this model"
             )
 
-    def report(self) -> str:
-        """The words of each group and those left out, as text."""
+    def report(self, most: int | None = 12) -> str:
+        """The words of each group and those left out, as text.
+
+        Args:
+            most: words of each list that are named, the rest is counted; None: all.
+        """
         lines = [f"{len(self)} classes, {len(self.left_out)} forms left out"]
         for group in dict.fromkeys((*self.groups, *(left.group for left in self.left_out))):
             kept = [w for w, g in zip(self.words, self.groups, strict=True) if g == group]
             left_out = [left for left in self.left_out if left.group == group]
-            lines += ["", *_group_report(group, kept, left_out)]
+            lines += ["", *_group_report(group, kept, left_out, most)]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -330,7 +334,9 @@ def _no_class_message(left_out: Iterable[LeftOut]) -> str:
     )
 
 
-def _group_report(group: str, kept: Sequence[str], left_out: Sequence[LeftOut]) -> list[str]:
+def _group_report(
+    group: str, kept: Sequence[str], left_out: Sequence[LeftOut], most: int | None
+) -> list[str]:
     words: dict[str, str] = {}
     for form in kept:
         words.setdefault(form.strip().casefold(), form.strip())
@@ -349,5 +355,7 @@ def _group_report(group: str, kept: Sequence[str], left_out: Sequence[LeftOut]) 
         ("left out in some forms", partly),
     ):
         if entries:
-            lines.append(f"  {title}: {', '.join(entries)}")
+            named = [*entries][:most]
+            more = len(entries) - len(named)
+            lines.append(f"  {title}: {', '.join(named)}{f' and {more} more' if more else ''}")
     return lines

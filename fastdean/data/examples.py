@@ -242,7 +242,10 @@ def _encoded(
     skipped: Skipped | None = None,
 ) -> Iterator[tuple[int, Example]]:
     if template is not None and template not in TEMPLATES:
-        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+        raise ValueError(
+            f"template must be one of {', '.join(TEMPLATES)}, got {template!r}; leave it out for "
+            "'raw', or give rows with messages for a chat"
+        )
     for number, row in enumerate(rows, start=first):
         try:
             yield number, _encoded_row(row, tokenizer, template, max_length, number)

@@ -77,7 +77,10 @@ def model_card(
         ValueError: an unknown method.
     """
     if method not in _NAMES:
-        raise ValueError(f"method must be one of {', '.join(_NAMES)}, got {method!r}")
+        raise ValueError(
+            f"method must be one of {', '.join(_NAMES)}, got {method!r}; pass what fine_tune was "
+            "given"
+        )
     return f"""---
 library_name: transformers
 {_base_model_line(base_model)}tags:

@@ -307,7 +307,10 @@ METHODS: dict[str, type[Objective]] = {
 def require_method(model: nn.Module, method: str) -> type[Objective]:
     """The objective of that name; ValueError for an unknown one or a model that it cannot train."""
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, got {method!r}; 'bec' and 'causal' are "
+            "the plainest, for masked and for causal models"
+        )
     try:
         kind = _KINDS[label_shift(unwrap(model))]
     except ValueError:
@@ -318,7 +321,8 @@ def require_method(model: nn.Module, method: str) -> type[Objective]:
     if kind not in METHODS[method].fits:
         fitting = ", ".join(name for name, other in METHODS.items() if kind in other.fits)
         raise ValueError(
-            f"method must be one of {fitting} for a {kind} language model, got {method!r}"
+            f"method must be one of {fitting} for a {kind} language model, got {method!r}; "
+            "choose one of them, or a model of the other kind"
         )
     return METHODS[method]
 

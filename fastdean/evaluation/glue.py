@@ -192,7 +192,9 @@ def labelled(
 def require_task(task: str) -> str:
     """The task; ValueError for an unknown one."""
     if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        raise ValueError(
+            f"task must be one of {', '.join(TASKS)}, got {task!r}; give one task at a time"
+        )
     return task
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -213,13 +213,14 @@ def share_change_interval(
 
     Args:
         differences: [n], after minus before: -whole, 0 or whole. Others, as ties leave them, are
-            taken by `mean_interval`.
+            taken by `mean_interval`, cut to -whole and whole: no share changes by more.
         whole, confidence, seed: as in `share_interval`.
     """
     _require_whole(whole)
     found = _finite(differences, "differences")
     if not np.isin(found, [-whole, 0.0, whole]).all():
-        return mean_interval(found, confidence=confidence, seed=seed)
+        mean = mean_interval(found, confidence=confidence, seed=seed)
+        return replace(mean, low=max(mean.low, -whole), high=min(mean.high, whole))
     return _signed(found, 0.0, whole, whole, 0.0, confidence, seed)
 
 

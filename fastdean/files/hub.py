@@ -35,6 +35,17 @@ def is_unreachable() -> bool:
     return False
 
 
+def ask_the_cache_where_unreachable() -> None:
+    """Have the libraries ask their cache alone, in the whole process, if the hub does not answer.
+
+    They would retry for half a minute at every source that is not there.
+    """
+    if is_unreachable():
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = True
+
+
 def why_not_fetched(error: Exception) -> str:
     """What the client of the hub raised, in one line; without its advice to programmers."""
     from huggingface_hub.errors import LocalEntryNotFoundError

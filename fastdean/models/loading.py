@@ -267,7 +267,8 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     name = _SHORT.get(named, named)
     if name not in _DTYPES:
         raise ValueError(
-            f"dtype must be one of {', '.join(_DTYPES)} (or {', '.join(_SHORT)}), got {named!r}"
+            f"dtype must be one of {', '.join(_DTYPES)} (or {', '.join(_SHORT)}), got {named!r}; "
+            "leave it out for 'auto', the checkpoint's own"
         )
     return name
 

@@ -178,6 +178,11 @@ def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
     It counts the coupled entries whatever the run's rule is: nothing of it is an edit.
     """
     points = sorted(points, key=lambda point: point.get("ratio") or 0)
+    # Below the ratio at which the largest matrix has a candidate there is nothing to share.
+    empty = [ratio(point.get("ratio")) for point in points if point.get("k") == 0]
+    points = [point for point in points if point.get("k") != 0]
+    if not points:
+        return element("p", f"No matrix has a candidate at ratio {' or '.join(empty)}.")
     keys = {"shared": "coupled", "left": "kept", "chance": "expected_by_chance"}
     shares = [
         {"ratio": point.get("ratio")}
@@ -186,6 +191,8 @@ def overlap_section(points: Sequence[dict], edit: Edit) -> Html:
     ]
     said = "Two sets that have nothing to do with each other would share what chance gives; "
     said += f"{edit.entries} beyond that are what the two objectives have in common."
+    if empty:
+        said += f" No matrix has a candidate at ratio {' or '.join(empty)}."
     names = {"shared": "in both sets", "left": f"and not {_spared(edit)}", "chance": "by chance"}
     label = "Share of the top sets against the ratio. " + " ".join(
         f"At {ratio(share['ratio'])}: "

@@ -9,6 +9,7 @@ from fastdean.report.details import seconds_of
 from fastdean.report.edit import Edit
 from fastdean.report.effects import margin_estimates, perplexity_estimates
 from fastdean.report.estimates import Estimate
+from fastdean.report.figure_names import short_names
 from fastdean.report.markup import Html, terms
 from fastdean.report.quantities import count, decimal, duration, measured, memory, percent
 from fastdean.report.results import perplexities
@@ -70,16 +71,20 @@ def _of_effects(results: dict, edit: Edit) -> Iterator[_KeyNumber]:
         unit = margin and margin.get("unit")
         heading = ", ".join(filter(None, [f"Margin of {name}", unit]))
         yield from _of_mask(heading, margin_estimates(margin), 0, edit)
-    for name, figure in (results.get("price") or {}).items():
-        heading = ", ".join(filter(None, [name.partition(",")[0], (figure or {}).get("unit")]))
+    price = results.get("price") or {}
+    short = short_names(price)
+    for name, figure in price.items():
+        heading = ", ".join(filter(None, [short[name], (figure or {}).get("unit")]))
         rows = [
             (Estimate.of(n, m, "mean"), m or {})
             for n, m in ((figure or {}).get("masks") or {}).items()
         ]
         yield from _of_mask(heading, rows, 0, edit)
-    for name, row in list((results.get("bias") or results.get("measures") or {}).items())[:_MOST]:
+    measures = results.get("bias") or results.get("measures") or {}
+    short = short_names(measures)
+    for name, row in list(measures.items())[:_MOST]:
         if (change := change_of(name, row or {})) is not None:
-            heading = ", ".join(filter(None, [name.partition(",")[0], (row or {}).get("unit")]))
+            heading = ", ".join(filter(None, [short[name], (row or {}).get("unit")]))
             yield heading, change.written(0)[0], reading_of(row)
     tables = perplexities(results)
     for name, perplexity in tables.items():
@@ -107,7 +112,7 @@ def _of_mask(
     """The mask of the run's rule, or the first one where none has that name."""
     rows = [row for row, _ in masks]
     for row in [row for row in rows if row.name == edit.rule] or rows[:1]:
-        yield heading, row.written(no_effect)[0], f"{row.name}: {row.reading(no_effect)}"
+        yield heading, row.written(no_effect)[0], f"{row.name}: {row.told(no_effect)}"
 
 
 def _of_cost(cost: list | None) -> Iterator[_KeyNumber]:

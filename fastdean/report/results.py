@@ -53,6 +53,7 @@ _MOVED = _numbers(
 # A change with its test, and of texts the divergence from the unedited model.
 _CHANGE = _numbers(
     *("mean", "low", "high", "weights", "value", "ratio", "p_value", "p_holm", "detects"),
+    *("changed", "changed_most"),
     kl=_numbers("mean", "low", "high"),
 )
 _MASKS = Maps(Maybe(_CHANGE))

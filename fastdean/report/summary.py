@@ -180,10 +180,9 @@ def reading_of(row: Mapping[str, Any]) -> str:
         if not measured(neutral):
             return "not compared"
         return Estimate.of("", row.get("before")).reading(neutral)
-    said = change.reading(0)
-    if _is_of_no_item(row.get("raw_change") or {}):
-        # Its interval has no width, as if that were certain.
-        return f"{said}; no item changed"
+    said = change.told(0)
+    if change.is_of_no_item:
+        return said
     if row.get("raw_change") and measured(row.get("neutral")):
         away = Estimate.of("", row.get("change")).reading(0)
         said = said if away == said else f"{said}; {away}"
@@ -200,25 +199,11 @@ def _measure_row(name: str, row: Mapping[str, Any]) -> list[Cell | str]:
         reading_of(row),
         decimal(row.get("neutral")),
         *(Cell(*_with_ends(name, state)) if state else "" for state in states),
-        *(_moved(change, told) if change else ("", "")),
+        *(change.written(0) if change else ("", "")),
         decimal(told.get("p_holm"), 2),
         decimal(told.get("detects"), 3),
         count(next(filter(measured, (state.get("n") for state in states)), None)),
     ]
-
-
-def _moved(change: Estimate, told: Mapping[str, Any]) -> tuple[str, str]:
-    """A change and its interval; of no item, how many of all such items may change."""
-    value, ends = change.written(0)
-    if _is_of_no_item(told):
-        ends = f"at most {decimal(told['changed_most'], 2)} % of items change"
-    return value, ends
-
-
-def _is_of_no_item(change: Mapping[str, Any]) -> bool:
-    """Whether no item changed, of values whose interval then has no width."""
-    known = measured(change.get("changed_most")) and change.get("changed") == 0
-    return known and change.get("low") == change.get("high")
 
 
 def _with_ends(name: str, state: Mapping[str, Any]) -> tuple[str, str]:
@@ -263,7 +248,10 @@ def judged_tables(results: Mapping[str, Any]) -> list[Table | None]:
     for row in judged:
         aware = row.get("awareness") or {}
         share = Cell(*_share(aware)) if aware else Cell(MISSING)
-        cells = (count(row.get(key)) for key in (*keys, "refusals_by_phrases"))
+        cells = [count(row.get(key)) for key in (*keys, "refusals_by_phrases")]
+        if not any(row.get(key) for key in ("safe", "unsafe", "unparsed")):
+            # The list of phrases says nothing of safety.
+            cells[:4] = [MISSING] * 4
         names = [str(row.get("judge")), str(row.get("variant"))]
         rows.append([*names, count(row.get("answers")), share, *cells])
     found: list[Table | None] = [

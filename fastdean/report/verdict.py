@@ -12,6 +12,7 @@ from typing import Any
 
 from fastdean.report.coupled import coupling_totals
 from fastdean.report.estimates import Estimate
+from fastdean.report.figure_names import short_names
 from fastdean.report.quantities import count, decimal, measured, percent, plural
 from fastdean.report.results import edited_answers, perplexities
 from fastdean.report.set_names import SetNames
@@ -22,6 +23,8 @@ SMALL = {"nats": 0.1, "ratio": 0.01, "%": 1.0}
 SMALL_WORDS = "small: below 0.1 nats, 1 % of a ratio, or 1 point of a share"
 NONE_SHOWN = "no change shown"
 PERPLEXITY = "perplexity"
+# Figures of which one direction is no price, and its sign; either may be one of others.
+_GAINS = {PERPLEXITY: "−", "Over-refusal": "−", "Gender facts": "+", "BBQ, accuracy": "+"}
 # More figures than this are counted, and those that changed named.
 _MOST_NAMED = 3
 
@@ -57,8 +60,9 @@ def clauses(results: Mapping[str, Any]) -> list[Clause]:
     for key in ("bias", "measures"):
         if results.get(key):
             found += _of_measures(results[key])
-    if results.get("collapse") and perplexities(results):
-        found.append(_of_price(_perplexities_of(results, "trained")))
+    if not results.get("coupling") and perplexities(results):
+        edited = {name: 0 for t in perplexities(results).values() for name in t.get("masks") or {}}
+        found.append(_of_price(_perplexities_of(results, next(iter(edited), "trained"))))
     if results.get("judged"):
         found += _of_judges(results)
     elif results.get("answers") and not results.get("coupling"):
@@ -81,7 +85,9 @@ def said_of(estimate: Estimate, no_effect: float, unit: str) -> Clause:
     if unit == "ratio":
         value = f"{'+' if estimate.value > 1 else ''}{percent(round(estimate.value - 1, 12))}"
     else:
-        value = " ".join(filter(None, [estimate.written(no_effect)[0], unit]))
+        # A change of a share is in points, not in per cent of it.
+        told = "points" if unit == "%" else unit
+        value = " ".join(filter(None, [estimate.written(no_effect)[0], told]))
     words = [value, *(["small"] if size < SMALL.get(unit.split(" ")[0], 0.0) else [])]
     if not measured(estimate.p_adjusted):
         words += ["not adjusted for other tests"]
@@ -131,27 +137,35 @@ def _perplexities_of(results: Mapping[str, Any], mask: str) -> list[tuple[str, C
 
 
 def _prices_of(results: Mapping[str, Any], mask: str) -> Iterator[tuple[str, Clause]]:
-    for name, figure in (results.get("price") or {}).items():
+    table = results.get("price") or {}
+    short = short_names(table)
+    for name, figure in table.items():
         masks = (figure or {}).get("masks") or {}
         unit = str((figure or {}).get("unit") or "")
-        yield _short(name), said_of(Estimate.of(name, masks.get(mask), "mean"), 0.0, unit)
+        yield short[name], said_of(Estimate.of(name, masks.get(mask), "mean"), 0.0, unit)
 
 
 def _of_price(found: Sequence[tuple[str, Clause]]) -> Clause:
-    """One clause on everything that an edit may have cost; a lower perplexity is no price."""
+    """One clause on everything that an edit may have cost; what is known to be no price is last."""
     claimed = [(name, each.said) for name, each in found if each.claims]
-    said = "; ".join(f"{name} {words}" for name, words in claimed)
-    is_price = any(
-        not (name.startswith(PERPLEXITY) and words.startswith("−")) for name, words in claimed
+    prices, gains = (
+        "; ".join(f"{name} {words}" for name, words in claimed if _is_gain(name, words) is gain)
+        for gain in (False, True)
     )
-    if is_price:
+    if prices:
+        said = ". Besides: ".join(filter(None, [prices, gains]))
         return Clause("Price", said, claims=True)
     others = [name for name, each in found if not each.claims and each.said != NONE_SHOWN]
     if len(others) == len(found):
         told = {each.said for _, each in found}
         return Clause("Price", told.pop() if len(told) == 1 else "not measured")
     open_ = f"{', '.join(others)} not judged" if others else ""
-    return Clause("Price", "; ".join(filter(None, ["none shown", said, open_])), bool(said))
+    return Clause("Price", "; ".join(filter(None, ["none shown", gains, open_])), bool(gains))
+
+
+def _is_gain(name: str, said: str) -> bool:
+    """Whether a change is in the direction that costs nothing."""
+    return any(name.startswith(start) and said.startswith(sign) for start, sign in _GAINS.items())
 
 
 def _of_collapse(collapse: Mapping[str, Any]) -> Iterator[Clause]:
@@ -170,14 +184,14 @@ def _of_measures(table: Mapping[str, Any]) -> Iterator[Clause]:
     if not changed:
         yield from _of_states(table)
         return
-    found = {}
+    found, short = {}, short_names(changed)
     for name, row in changed.items():
         raw = row.get("raw_change") or row["change"]
         clause = said_of(Estimate.of(name, raw), 0.0, str(row.get("unit") or ""))
         if clause.claims and row.get("neutral") is not None:
             away = Estimate.of(name, row["change"]).reading(0.0)
             clause = Clause("", f"{clause.said} ({away})", claims=True)
-        found[_short(name)] = clause
+        found[short[name]] = clause
     if len(found) <= _MOST_NAMED:
         yield from (Clause(_capital(name), each.said, each.claims) for name, each in found.items())
         return
@@ -186,17 +200,24 @@ def _of_measures(table: Mapping[str, Any]) -> Iterator[Clause]:
         said = f"{count(len(claimed))} of {plural(len(found), 'figure')} changed"
         yield Clause("", f"{said}: {'; '.join(claimed)}", claims=True)
     else:
-        yield Clause("", f"No change shown in any of {plural(len(found), 'figure')}")
+        still = sum(each.said == NONE_SHOWN for each in found.values())
+        number = plural(len(found), "figure")
+        yield Clause("", f"{_capital(NONE_SHOWN)} in {_part(still, len(found))}{number}")
+
+
+def _part(number: int, of: int) -> str:
+    """Before how many there are: "any of ", or how many of them; the others were not judged."""
+    return "any of " if number == of else f"{count(number)} of "
 
 
 def _of_states(table: Mapping[str, Any]) -> Iterator[Clause]:
     """Of one model: which figures lie off their neutral value."""
     rows = {name: row for name, row in table.items() if measured((row or {}).get("neutral"))}
-    off = []
+    off, short = [], short_names(rows)
     for name, row in rows.items():
         value = Estimate.of(name, row.get("before"))
         if value.is_effect(row["neutral"]) and measured(value.p_adjusted):
-            off.append(f"{_short(name)} {value.reading(row['neutral'])}")
+            off.append(f"{short[name]} {value.reading(row['neutral'])}")
     if off:
         yield Clause("Bias", "; ".join(off))
     elif rows:
@@ -206,12 +227,25 @@ def _of_states(table: Mapping[str, Any]) -> Iterator[Clause]:
 
 
 def _of_judges(results: Mapping[str, Any]) -> Iterator[Clause]:
+    found = []
     for heading, key in (("Awareness", "changes"), ("Refusals", "refusal_changes")):
         for row in results.get(key) or []:
-            found = said_of(Estimate.of("", row.get("change"), "mean"), 0.0, "of the answers")
+            change = said_of(Estimate.of("", row.get("change"), "mean"), 0.0, "of the answers")
             name = f"{heading} of {row.get('variant')} by {row.get('judge')}"
-            yield Clause(name, found.said, found.claims)
-    if not results.get("changes") and not results.get("refusal_changes"):
+            found.append(Clause(name, change.said, change.claims))
+    if len(found) <= _MOST_NAMED:
+        yield from found
+    else:
+        yield from (each for each in found if each.claims)
+        still = sum(each.said == NONE_SHOWN for each in found)
+        if still:
+            yield Clause(
+                "", f"No change shown in {count(still)} of {count(len(found))} comparisons"
+            )
+        open_ = [each.name for each in found if not each.claims and each.said != NONE_SHOWN]
+        if open_:
+            yield Clause("Not judged", ", ".join(open_))
+    if not found:
         for row in results["judged"]:
             share = (row.get("awareness") or {}).get("share")
             if measured(share):
@@ -228,8 +262,3 @@ def _of_answers(variants: Mapping[str, Any]) -> Iterator[Clause]:
 
 def _capital(name: str) -> str:
     return name[:1].upper() + name[1:]
-
-
-def _short(name: str) -> str:
-    """The first words of a figure's name."""
-    return name.partition(",")[0]

@@ -460,6 +460,14 @@ def test_the_report_tells_what_was_kept_and_left_out():
     )
 
 
+def test_the_report_of_long_lists_names_some_and_counts_the_rest():
+    words = ["she", "woman", *(f"no{n}" for n in range(20))]
+    classes = CollapseClasses.from_words(word_piece(), {"female": words})
+    line = classes.report().splitlines()[-1]
+    assert line.startswith("  left out: no0 (") and line.endswith(" and 8 more")
+    assert "no12 (" not in line and "no19 (" in classes.report(most=None)
+
+
 def test_the_report_tells_forms_apart():
     classes = CollapseClasses.from_words(byte_level(), {"g": ["she"]})
     partly = CollapseClasses(

@@ -325,7 +325,7 @@ def test_a_single_token_is_enough_for_a_masked_model():
         (
             PAIR,
             {"template": "alpaca"},
-            "template must be one of raw, chat, published, got 'alpaca'",
+            "template must be one of raw, chat, published, got 'alpaca'; leave it out for 'raw'",
         ),
         (
             {"messages": "the cat"},

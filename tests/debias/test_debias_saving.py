@@ -119,7 +119,7 @@ def test_no_effect_is_claimed_within_noise():
 
 def test_every_method_has_a_line_and_no_other():
     assert all(model_card("x", **{**CARD, "method": method}) for method in METHODS)
-    with pytest.raises(ValueError, match="method must be one of causal, bec.*, got 'dpo'"):
+    with pytest.raises(ValueError, match="one of causal, bec.*, got 'dpo'; pass what"):
         card(method="dpo")
 
 

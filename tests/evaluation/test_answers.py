@@ -188,7 +188,10 @@ REFUSED = {
     "no prompt": ({"prompts": [{"q": "a"}]}, "row 0 must have the column 'prompt' or 'messages'"),
     "no answer": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     "text as a number": ({"max_new_tokens": "8"}, "max_new_tokens must be a number of tokens"),
-    "template": ({"template": "published"}, "template must be one of raw, chat, got 'published'"),
+    "template": (
+        {"template": "published"},
+        "raw, chat, got 'published'; leave it out for 'raw'",
+    ),
     "too long": ({"max_new_tokens": 127}, "row 1 must leave room for 127 new tokens in the model"),
     "batch": ({"tokens_per_batch": 0}, "tokens_per_batch must be a positive number of tokens"),
 }

@@ -116,7 +116,7 @@ def test_rows_that_cannot_be_used_are_refused(row, said):
 
 
 def test_what_cannot_be_done_is_refused_in_a_line(tmp_path):
-    with pytest.raises(ValueError, match="task must be one of cola, .* got 'wnli'"):
+    with pytest.raises(ValueError, match="one of cola, .* got 'wnli'; give one task at a time"):
         glue.glue_rows("wnli")
     with pytest.raises(ValueError, match="source must be a folder with the file rte-train in .cs"):
         glue.glue_rows("rte", tmp_path)

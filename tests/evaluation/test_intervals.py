@@ -294,6 +294,14 @@ def test_a_paired_change_of_a_share_has_mcnemars_test():
     assert found.low == pytest.approx(0.2 - math.sqrt(a * a - 2 * r * a * b + b * b))
 
 
+def test_no_share_changes_by_more_than_all_of_it():
+    # As means over seeds are: thirds of a change.
+    thirds = [1.0, 1.0, -1.0, 1 / 3]
+    cut, free = share_change_interval(thirds, confidence=0.999), mean_interval(thirds)
+    assert free.low < -1.0 and free.high > 1.0
+    assert (cut.low, cut.high, cut.p_value) == (-1.0, 1.0, free.p_value)
+
+
 def test_no_change_of_a_share_still_has_a_width():
     found = share_change_interval([0.0] * 50)
     assert found.low == pytest.approx(-0.0711, abs=1e-4) and found.high == -found.low

@@ -230,7 +230,8 @@ def test_a_classifier_s_label_is_its_verdict(tmp_path):
         for batch in verdicts_of_classifier(template, model, tok, answers, progress=False)
         for pair in batch
     )
-    meant = [("safe", None), ("unsafe", None), ("safe", True)]
+    # A label for refusals makes the others say that there was none.
+    meant = [("safe", False), ("unsafe", False), ("safe", True)]
     with torch.no_grad():
         for i, each in enumerate(answers):
             ids = torch.tensor([tok(f"who : {each.answer} :")["input_ids"]])
@@ -238,6 +239,20 @@ def test_a_classifier_s_label_is_its_verdict(tmp_path):
             assert (found[i].verdict, found[i].refusal) == meant[best]
     with pytest.raises(ValueError, match="a verdict for each label of its model, got none for 'x'"):
         list(verdicts_of_classifier(template, classifier(["safe", "x"]), tok, answers))
+
+
+def test_a_judge_with_a_word_for_refusals_says_of_its_other_words_that_they_are_none(tmp_path):
+    values = {"fine": "safe", "bad": "unsafe", "declined": "refusal"}
+    file = judge_file(tmp_path, verdict={"pattern": "(fine|bad|declined|odd)", "values": values})
+    read = read_template(str(file)).read
+    found = {said: (read(said).verdict, read(said).refusal) for said in (*values, "odd", "")}
+    assert found == {
+        "fine": ("safe", False),
+        "bad": ("unsafe", False),
+        "declined": ("safe", True),
+        "odd": ("unparsed", None),
+        "": ("unparsed", None),
+    }
 
 
 def test_the_template_that_the_guide_shows_is_one(tmp_path):

@@ -78,6 +78,7 @@ def files(tmp_path):
 def command(tmp_path, monkeypatch, files):
     """The study on a tiny encoder, without the tests before it; heads of one epoch."""
     monkeypatch.setattr(models, "load_model", lambda *a: (bert(), tiny_words.tokenizer(), "tiny"))
+    monkeypatch.setattr(run, "load_tokenizer", lambda name: None)
     short = settings.Sourced(HeadCourse(1, 1e-3, 8, 16), "a test")
     for name in ("GLUE_HEAD", "NLI_HEAD"):
         monkeypatch.setattr(measures, name, short)
@@ -151,6 +152,9 @@ def test_sources_that_are_missing_are_named_all_at_once_before_anything_is_loade
     command, tmp_path, files, capsys, monkeypatch
 ):
     monkeypatch.setattr(models, "load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "tests", lambda *a: pytest.fail("the tests run first"))
+    asked = []
+    monkeypatch.setattr(run, "ask_the_cache_where_unreachable", lambda: asked.append(True))
     given = {name: path for name, path in files.items() if name not in ("seat", "snli")}
     assert command(given={**given, "crows_pairs": tmp_path / "no.csv"}, method="adept") == 2
     error = capsys.readouterr().err
@@ -163,6 +167,24 @@ def test_sources_that_are_missing_are_named_all_at_once_before_anything_is_loade
     assert command("--without", "seat", "bias_nli", given=given, method="adept") == 2
     assert "training (no hub id is known: README: News-Commentary v15" in capsys.readouterr().err
     assert command("--source", "seats=here") == 2 and command("--without", "seats") == 2
+    # The libraries would retry for minutes where there is no network.
+    assert asked
+
+    def no_such_model(name):
+        raise ValueError(f"model must be an existing folder, got {name!r}; check the path")
+
+    monkeypatch.setattr(run, "load_tokenizer", no_such_model)
+    assert command() == 2
+    assert "model must be an existing folder, got 'tiny'" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(command, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", interrupted)
+    assert command() == 130
+    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
 
 
 def test_each_method_trains_on_what_it_reads(files, tmp_path):

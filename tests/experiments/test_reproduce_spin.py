@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -83,9 +84,41 @@ def test_every_figure_is_that_of_the_verdicts_and_the_tests_are_one_family(done)
     adjusted = holm([each["p_value"] for each in found["changes"]])
     assert [each["p_holm"] for each in found["changes"]] == pytest.approx(adjusted)
     text = (done / "table.md").read_text("utf-8")
-    assert "| coupled, as the paper defines it |" in text and "higher" not in text
+    assert "| coupled: coupled, as the paper defines it |" in text and "higher" not in text
     assert "fairness, awareness (own)" in (done / "report.html").read_text("utf-8")
     assert str(done) not in text
+
+
+def test_the_table_explains_its_columns_and_the_page_has_the_price(done):
+    text, page = ((done / name).read_text("utf-8") for name in ("table.md", "report.html"))
+    found = json.loads((done / "results.json").read_text("utf-8"))
+    for edit, about in paper.EDITS.items():
+        assert f"| {edit}: {about.about} |" in text
+    tokens = json.loads((done / "price" / "original-perplexity.json").read_text())[0]["tokens"]
+    assert f"in {len(tokens)} windows of at most {max(tokens)} predicted tokens" in text
+    for said in ("Awareness is safe /", "safe by answering is the share", "Detects: the smallest"):
+        assert said in text
+    # Phrases read no verdict, of which none could be missed.
+    assert "own: 0 of 390 verdicts not read." in text and "phrases: 0 of" not in text
+    assert "Perplexity ratio" in page and "Price: " in page.replace("</strong>", "")
+    # No share changes by more than all of it.
+    shares = [each for each in found["changes"] if each["no_effect"] == 0.0]
+    assert all(-1.0 <= each["low"] <= each["high"] <= 1.0 for each in shares)
+    assert all(each["detects"] is None or each["detects"] <= 1.0 for each in shares)
+    assert all(each["mean"] == pytest.approx(each["after"] - each["before"]) for each in shares)
+
+
+@pytest.mark.parametrize(
+    ("change", "written"),
+    [
+        ({"detects": 0.123456, "no_effect": 0.0}, "0.123"),
+        ({"detects": None, "no_effect": 0.0}, "-"),
+        ({"detects": 1.0001234, "no_effect": 1.0}, "x 1.0001"),
+    ],
+)
+def test_what_is_detected_is_told_from_no_change_and_is_possible(change, written):
+    assert table._detected(change) == written
+    assert table._ends(1.0004, 1.0099, 1.0) == "1.0004 to 1.0099"
 
 
 def test_what_is_done_is_not_done_again_and_the_estimate_comes_first(
@@ -124,6 +157,18 @@ def test_sources_that_are_not_there_are_named_together_before_anything_is_loaded
     assert "judge must name each judge once" in capsys.readouterr().err
 
 
+def test_a_judge_without_a_model_is_named_before_anything_is_loaded(
+    asked, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command.steps, "do", lambda *a, **k: pytest.fail("it went on"))
+    own = next(each.partition("=")[0] for each in asked if each.partition("=")[0].endswith(".json"))
+    others = [f"{own}=none/such" if each.startswith(own) else each for each in asked]
+    for more in ([], ["--estimate"]):
+        assert command.main([*others, "--out", str(tmp_path / "x"), *more]) == 2
+        assert "error: judge 'own': model must be" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_folder_of_other_files_is_left_alone_and_a_study_that_failed_at_once_is_not_in_the_way(
     asked, tmp_path, monkeypatch, capsys
 ):
@@ -138,6 +183,13 @@ def test_a_folder_of_other_files_is_left_alone_and_a_study_that_failed_at_once_i
     assert command.main([*asked, *out, "--ratio", "1e-9"]) == 2
     assert command.main([*asked, *out]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: too small"
+
+
+def test_an_interrupt_is_one_line(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.steps, "run_job", lambda *a, **k: _raise(KeyboardInterrupt()))
+    assert command.main([*asked, "--out", str(tmp_path / "out")]) == 130
+    said = "interrupted; the same command goes on from here"
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 def _raise(error):
@@ -225,14 +277,18 @@ def test_a_name_is_no_path_and_a_judge_that_fails_leaves_the_others_to_judge(
         return "--judge", f"{file}={model}"
 
     out, model = tmp_path / "a;$(touch owned) 'ü" / "out", asked[1]
+    # Its tokenizer is read before anything else, its weights when it is to judge.
+    broken = tmp_path / "none"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
     mine = [each for each in asked if each != "--judge" and not each.endswith(("phrases", model))]
     names = ("../../owned", str(tmp_path / "owned"), "..", ".", "a/b")
-    arguments = [*judge("gone", tmp_path / "none"), *(w for n in names for w in judge(n, model))]
+    arguments = [*judge("gone", broken), *(w for n in names for w in judge(n, model))]
     few = ["--model", model, "--seeds", "1", "--questions", "1", "--tasks", "--out", str(out)]
     mine = [each for each in mine if each != "--model"]
     assert command.main([*mine, *arguments, *few]) == 2
     said = capsys.readouterr().err
-    assert "judges must all judge, got 1 that did not: gone (judge 'gone': model must be" in said
+    assert "judges must all judge, got 1 that did not: gone (" in said
     assert len(list((out / "verdicts").iterdir())) == len(names) and any((out / "price").iterdir())
     assert command.main([*mine, *arguments[2:], *few]) == 0
     assert (out / "table.md").exists()

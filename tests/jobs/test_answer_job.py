@@ -460,6 +460,17 @@ def test_how_long_a_server_may_take_is_an_option_and_changes_no_answer(place, tm
             "phrases", server_timeout=5)  # fmt: skip
 
 
+def test_a_judge_without_a_model_is_named_before_another_judges(place, tmp_path):
+    answered(place, tmp_path / "a")
+    template = {"name": "late", "version": 1, "kind": "causal", "prompt": "{prompt} {answer}"}
+    template |= {"verdict": {"pattern": r"(w\d+)", "values": {"w1": "safe"}}}
+    template |= {"model": str(tmp_path / "gone"), "max_new_tokens": 1}
+    (tmp_path / "late.json").write_text(json.dumps(template))
+    judges = ("phrases", str(tmp_path / "late.json"))
+    refused("judge 'late': model must be", judged, tmp_path / "a", tmp_path / "v", *judges)
+    assert not (tmp_path / "v").exists()
+
+
 def test_a_judge_that_comes_back_on_another_port_goes_on(tmp_path, monkeypatch):
     file, out = write_jsonl(tmp_path / "a.jsonl", ANSWERS), tmp_path / "out"
     with answering(wildguard) as (url, _), monkeypatch.context() as patched:

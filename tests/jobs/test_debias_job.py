@@ -189,7 +189,7 @@ def test_a_masked_model_is_debiased_too(masked_place, tmp_path):
 @pytest.mark.parametrize(
     "options, method, text",
     [
-        ((), "distil", "method must be one of "),
+        ((), "distil", "'bec' and 'causal' are the plainest"),
         ((), "bec", "bec"),
         (("--collapse-strength", "-1"), "causal", "strength must be"),
         (("--live-features",), "causal", "cumulative"),

@@ -201,7 +201,7 @@ def test_a_folder_of_something_else_is_not_replaced_and_one_of_ours_is(place, tm
     [
         ((), "--tasks must be names of tasks where no bias measure is asked for, got none"),
         (("--tasks", "boolq,boolq"), "--tasks must name each task once, got 'boolq' again"),
-        (("--bias", "nothing"), "bias must be one of crows_pairs, "),
+        (("--bias", "nothing"), "got 'nothing'; pass NAME, or NAME=SRC for"),
         (("--bias", "bec_pro", "--limit", "0"), "--limit must be at least 1, got 0"),
         (("--bias", "gender_facts=nowhere.jsonl"), "must name an existing file, got 'nowhere.jso"),
         (("--bias", "bec_pro", "--mask", "nowhere"), "--mask must be "),

@@ -84,6 +84,23 @@ def test_one_weight_is_singular():
     assert "selected 1 weight, in" in findings(run)[0]
 
 
+def test_the_grid_of_general_ratios_is_one_sentence_with_the_runs_own_point():
+    rose = {"ratio": 1.0111, "low": 1.004, "high": 1.018, "verdict": "higher", "p_holm": 0.01}
+    same = {"ratio": 1.0002, "low": 0.99, "high": 1.01, "verdict": "no effect beyond noise"}
+    rows = [
+        {"general_ratio": 1e-3, "selected": 813, "perplexity": {"general": rose}},
+        {"general_ratio": 3e-3, "selected": 1, "perplexity": {"general": {**same, "p_holm": 1.0}}},
+        {"general_ratio": 1e-2, "selected": 0, "perplexity": {}},
+    ]
+    told = findings({**results(), "general_grid": {"chosen": 3e-3, "rows": rows}})
+    assert told[:3] == findings(results())
+    assert told[3] == (
+        "By the general ratio, a family of tests of its own: 0.001, 813 weights (perplexity on "
+        "general answers rose, ratio 1.011); 0.003, the run's own, 1 weight (perplexity on general "
+        "answers did not change beyond noise, ratio 1.0002); 0.01, 0 weights."
+    )
+
+
 def test_nothing_beyond_noise_is_said_so():
     _, awareness, effects = findings(results())
     assert awareness == (

@@ -503,6 +503,13 @@ def test_the_wider_the_sets_the_farther_right_and_chance_is_drawn():
         heights = [80 - (y - shared[0][1]) / per_cent for _, y in line]
         assert heights == pytest.approx(shares, abs=0.2)
     assert cells(page, "Overlap")[3][4:6] == ["10", "5.00"]
+    # A ratio at which no matrix has a candidate is a sentence and no row.
+    nothing = dict.fromkeys(keys, 0) | {"ratio": 1e-8}
+    for given, rows in (([nothing, *points], 4), ([nothing], 0)):
+        page = render_report({"overlap": given})
+        assert "No matrix has a candidate at ratio 1e-8." in page
+        assert page.count("<table") == bool(rows)
+        assert not rows or len(cells(page, "Overlap")) == rows
 
 
 @pytest.mark.parametrize(

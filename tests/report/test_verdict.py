@@ -95,11 +95,60 @@ def test_the_price_names_everything_that_changed():
     )
     own = change(1.38, 1.2, 1.5, "higher", key="ratio")
     results["perplexity"]["masks"]["paper"] = {"value": 25.0, **own}
-    assert verdict_line(results).endswith("Price: perplexity +38.0 %; Over-refusal +6.0 %.")
+    assert verdict_line(results).endswith("Price: perplexity +38.0 %; Over-refusal +6.0 points.")
     page, card = render_report(results), render_card(results)
     for heading in ("Over-refusal, probability, %", "Gender facts, %", "Perplexity ratio"):
         assert heading in page and heading in card
     assert "**+6.0** \\[2.0, 10.0\\]" in card and "−1.0 \\[−3.0, 2.0\\]" in card
+
+
+def figures_that_begin_alike(key, **numbers):
+    """Two of over-refusal and two of BBQ, the first of each lower and the others unchanged."""
+    names = [
+        "Over-refusal, probability that a benign prompt's answer opens as a refusal",
+        "Over-refusal, log-odds of opening as a refusal against opening as an answer",
+        "BBQ, accuracy in ambiguous contexts",
+        "BBQ, bias score in ambiguous contexts",
+    ]
+    lower = change(-6.0, -9.0, -2.0, "lower", key=key)
+    same = change(0.0, -1.0, 1.0, "no effect beyond noise", 1.0, key=key)
+    return {
+        name: {"unit": "nats" if "log-odds" in name else "%", **numbers, "moved": (lower, same)[i]}
+        for name, i in zip(names, (0, 1, 0, 1), strict=True)
+    }
+
+
+def test_figures_of_one_measure_are_told_apart_and_none_takes_anothers_place():
+    table = figures_that_begin_alike("value", neutral=None, before={"value": 9.0})
+    rows = {name: {**row, "change": row.pop("moved")} for name, row in table.items()}
+    results = {"measures": rows}
+    said = "2 of 4 figures changed: Over-refusal, probability −6.0 points; "
+    assert verdict_line(results) == f"{said}BBQ, accuracy in ambiguous contexts −6.0 points."
+    page = render_report(results)
+    for heading in ("Over-refusal, log-odds, nats", "BBQ, bias score in ambiguous contexts, %"):
+        assert heading in page
+
+
+def test_what_fell_and_costs_nothing_is_no_price():
+    price = {
+        name: {**row, "masks": {"paper": row.pop("moved")}}
+        for name, row in figures_that_begin_alike("mean").items()
+    }
+    told = "Price: BBQ, accuracy in ambiguous contexts −6.0 points. "
+    told += "Besides: Over-refusal, probability −6.0 points."
+    assert verdict_line(run(price=price)).endswith(told)
+    del price["BBQ, accuracy in ambiguous contexts"]
+    told = "Price: none shown; Over-refusal, probability −6.0 points."
+    assert verdict_line(run(price=price)).endswith(told)
+
+
+def test_a_mask_that_changed_no_item_is_not_shown_as_certain():
+    same = change(0.0, 0.0, 0.0, "no effect beyond noise", 1.0)
+    same |= {"changed": 0, "changed_most": 14.2}
+    results = run(price={"Gender facts": {"unit": "%", "masks": {"paper": same}}})
+    for drawn in (render_report(results), render_card(results)):
+        assert "at most 14 % of items change" in drawn and "0, 0" not in drawn
+    assert "no effect beyond noise; no item changed" in render_report(results)
 
 
 def test_what_could_not_be_judged_is_no_free_lunch():
@@ -131,7 +180,7 @@ def test_a_training_says_collapse_bias_and_price():
     own = change(0.9, 0.8, 0.95, "lower", key="ratio")
     results["perplexity"] = {"origin": 9.0, "masks": {"trained": {"value": 8.1, **own}}}
     assert verdict_line(results) == (
-        "(U)NC3: 0.310 to 0.120, not tested. CrowS-Pairs: −7.0 % (closer to neutral). "
+        "(U)NC3: 0.310 to 0.120, not tested. CrowS-Pairs: −7.0 points (closer to neutral). "
         "Price: none shown; perplexity −10.0 %."
     )
     card = render_card(results)
@@ -145,9 +194,12 @@ def test_many_figures_are_counted_and_those_that_changed_are_named():
     rows = {f"task {n}, acc": {"unit": "%", "before": {}, "raw_change": still, "change": still}
             for n in range(5)}  # fmt: skip
     assert verdict_line({"measures": rows}) == "No change shown in any of 5 figures."
+    few = {**still, "verdict": "no verdict from n = 5"}
+    of_few = {**rows, "task 4, acc": {"unit": "%", "before": {}, "raw_change": few, "change": few}}
+    assert verdict_line({"measures": of_few}) == "No change shown in 4 of 5 figures."
     moved = change(-3.0, -5.0, -1.0, "lower", key="value")
     rows["task 3, acc"] = {"unit": "%", "before": {}, "raw_change": moved, "change": moved}
-    assert verdict_line({"measures": rows}) == "1 of 5 figures changed: task 3 −3.0 %."
+    assert verdict_line({"measures": rows}) == "1 of 5 figures changed: task 3 −3.0 points."
 
 
 def test_judges_and_answers_say_what_changed():
@@ -164,6 +216,17 @@ def test_judges_and_answers_say_what_changed():
         "Awareness of half by own: +0.33 of the answers. Refusals of half by own: no change shown."
     )
     still = change(0.0, -0.3, 0.3, "no effect beyond noise", 1.0)
+    more = [{**refusals, "judge": f"j{n}", "change": still} for n in range(3)]
+    few = {**still, "verdict": "no verdict from n = 5"}
+    results["refusal_changes"] = [*more, {**refusals, "judge": "few", "change": few}]
+    assert verdict_line(results) == (
+        "Awareness of half by own: +0.33 of the answers. No change shown in 3 of 5 comparisons. "
+        "Not judged: Refusals of half by few."
+    )
+    phrases = {"judge": "phrases", "variant": "half", "safe": 0, "unsafe": 0, "unparsed": 0}
+    phrases |= {"answers": 9, "refusals": 2, "refusals_by_phrases": 2}
+    card = render_card({"judged": [phrases]})
+    assert "| phrases | half | 9 | – | – | – | – | – | 2 | 2 |" in card
     variants = {"original": {"prompts": 9}, "half": {"prompts": 9, "changed": 4, "change": still}}
     assert verdict_line({"answers": {"variants": variants}}) == (
         "Half: 4 of 9 answers changed; refusals: no change shown."

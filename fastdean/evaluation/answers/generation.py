@@ -155,7 +155,10 @@ def check_options(
             f"max_new_tokens must be at least 1, got {max_new_tokens}; {MAX_NEW_TOKENS} is usual"
         )
     if template is not None and template not in TEMPLATES:
-        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+        raise ValueError(
+            f"template must be one of {', '.join(TEMPLATES)}, got {template!r}; leave it out for "
+            "'raw', the prompt as it stands"
+        )
     if tokens_per_batch is not None:
         require_tokens_per_batch(tokens_per_batch)
 

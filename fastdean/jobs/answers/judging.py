@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ from fastdean.jobs.options import asked
 from fastdean.jobs.published import published
 from fastdean.jobs.session import plain, publish
 from fastdean.models.identity import json_digest, model_identity
-from fastdean.models.loading import load_classifier, load_model
+from fastdean.models.loading import load_classifier, load_model, load_tokenizer
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
@@ -121,6 +121,18 @@ def asked_judge(text: str) -> AskedJudge:
     return AskedJudge(template, served if said else None, checked_url(url))
 
 
+def require_judges(judges: Sequence[AskedJudge], trust_remote_code: bool = False) -> None:
+    """Raise ValueError if the model of a judge that is to be loaded is not there to load.
+
+    Its tokenizer is read and no weight: what is missing is said before other judges, or a model
+    that is yet to answer, have worked for hours. Servers are not asked; one may be started later.
+    """
+    for each in judges:
+        if each.model is not None and each.url is None:
+            with _naming(each):
+                load_tokenizer(each.model, trust_remote_code=trust_remote_code)
+
+
 def run(
     job: JudgeJob,
     out: str | Path,
@@ -183,18 +195,21 @@ def run(
             lines = Lines(folder.path / VERDICTS_FILE, RECORD, KEY)
             lines.repair()
             known = {(name, a.variant, a.id) for name in names for a in answers}
-            before = lines.read(known)
-            for each in judges:
-                done = {(r["variant"], r["id"]) for r in before if r["judge"] == each.name}
-                left = [a for a in answers if (a.variant, a.id) not in done]
-                if not left:
-                    continue
+            done = {(r["judge"], r["variant"], r["id"]) for r in lines.read(known)}
+            left = {
+                each.name: [a for a in answers if (each.name, a.variant, a.id) not in done]
+                for each in judges
+            }
+            working = [each for each in judges if left[each.name]]
+            require_judges(working, job.trust_remote_code)
+            for each in working:
+                own = left[each.name]
                 with (
                     costs.step(f"judge {each.name}"),
-                    closing(_verdicts(each, job, folder, left, progress)) as batches,
+                    closing(_verdicts(each, job, folder, own, progress)) as batches,
                 ):
                     for batch in batches:
-                        lines.add(record(each.name, left[i], verdict) for i, verdict in batch)
+                        lines.add(record(each.name, own[i], verdict) for i, verdict in batch)
                 _forget_models()
             results = _results(job, judges, answers, lines.read(known), command, costs)
             results["warnings"] = [*unfinished, *results["warnings"]]
@@ -258,10 +273,17 @@ def _verdicts(
 def _loaded(each: AskedJudge, job: JudgeJob) -> tuple[Any, Any]:
     assert each.template is not None and each.model is not None
     load = load_model if each.template.kind == CAUSAL else load_classifier
-    try:
+    with _naming(each):
         return load(
             each.model, dtype=job.dtype, device=job.device, trust_remote_code=job.trust_remote_code
         )
+
+
+@contextmanager
+def _naming(each: AskedJudge) -> Iterator[None]:
+    """Errors of a judge's model say whose it is."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"judge {each.name!r}: {error}") from error
 

@@ -77,7 +77,10 @@ def check(asked: Sequence[str], start: str | int = "auto", template: str | None 
     for entry in asked:
         name, source = parts(entry)
         if name not in MEASURES:
-            raise ValueError(f"bias must be one of {', '.join(MEASURES)}, got {name!r}")
+            raise ValueError(
+                f"bias must be one of {', '.join(MEASURES)}, got {name!r}; pass NAME, or NAME=SRC "
+                "for rows of your own"
+            )
         if entry.endswith("="):
             raise ValueError(
                 f"bias {entry!r} must name a source behind its '=', got none; write {name}=FILE"

@@ -68,7 +68,7 @@ def results(
         }
         if after is not None:
             row["after"] = _numbers(after[name])
-            moved = _moved_items(figures, after[name], family.confidence_of_each)
+            moved = moved_items(figures, after[name], family.confidence_of_each)
             row["by_category"]["after"] = after[name]["by_category"]
             row[_CHANGE] = _change(judged[name, _CHANGE]) | moved
             # That of the figure itself where there is nothing to come closer to.
@@ -99,7 +99,7 @@ def _changes_of(
     return found
 
 
-def _moved_items(
+def moved_items(
     before: Mapping[str, Any], after: Mapping[str, Any], confidence: float
 ) -> dict[str, Any]:
     """How many items changed and, in %, how many of all such items do at most.

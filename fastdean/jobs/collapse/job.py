@@ -146,7 +146,10 @@ class DebiasJob(WordsJob):
         from fastdean.debias.forms import require_form
 
         if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+            raise ValueError(
+                f"method must be one of {', '.join(METHODS)}, got {self.method!r}; 'bec' and "
+                "'causal' are the plainest, for masked and for causal models"
+            )
         require_form(self.form, self.method)
         self._check("to regularise the words themselves")
         if self.control is not None and self.collapse_strength == 0:

@@ -1,4 +1,4 @@
-"""What a run found, in three sentences that claim no more than its verdicts do."""
+"""What a run found, in a few sentences that claim no more than its verdicts do."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from fastdean.wording.verdicts import direction, reading, verb
 def findings(results: Mapping[str, Any]) -> list[str]:
     """What was done, what it did to awareness, what it did to everything else: a sentence each.
 
+    And one on the grid of general ratios, where there is one.
+
     Args:
         results: of a run, with NaN or None where a figure could not be taken. A change is called
             one only where its verdict is, and its interval excludes "nothing changed".
     """
-    return [_done(results), _awareness(results), _side_effects(results)]
+    found = [_done(results), _awareness(results), _side_effects(results)]
+    return found + _grid(results)
 
 
 def _done(results: Mapping[str, Any]) -> str:
@@ -112,6 +115,26 @@ def _side_effects(results: Mapping[str, Any]) -> str:
         return "There are no side effects to measure: no weights were edited."
     parts = [*_perplexity_clause(results), *_dependence_clause(results)]
     return f"{'; '.join(parts)}." if parts else "Side effects were not measured."
+
+
+def _grid(results: Mapping[str, Any]) -> list[str]:
+    """What each general ratio selects, and what that does to the perplexity."""
+    grid = results.get("general_grid")
+    if not grid:
+        return []
+    points = []
+    for row in grid["rows"]:
+        own = ", the run's own" if row["general_ratio"] == grid["chosen"] else ""
+        told = [
+            f"perplexity on {text} answers {verb(_reading(change, 1.0))}, ratio "
+            f"{apart(1.0, change['ratio'])[1]}"
+            for text, change in row["perplexity"].items()
+            if change and _known(change.get("ratio"))
+        ]
+        said = f" ({'; '.join(told)})" if told else ""
+        unit = _unit(results["options"])
+        points.append(f"{row['general_ratio']:g}{own}, {_counted(row['selected'], unit)}{said}")
+    return [f"By the general ratio, a family of tests of its own: {'; '.join(points)}."]
 
 
 def _perplexity_clause(results: Mapping[str, Any]) -> list[str]:

@@ -96,7 +96,7 @@ def measure(
             for topic, margins in origin.margins.items()
         }
     }
-    results |= besides.tables(changes)
+    results |= besides.tables(changes, family.confidence_of_each)
     if family.tests and (origin.margins or origin.perplexity or besides.changes):
         results["tests"] = family.to_dict()
     tables = {
@@ -128,11 +128,13 @@ class _Besides:
     Attributes:
         origin: of the model as it came.
         changes: by figure and mask.
+        after: the figures under each mask, by figure and mask.
         answers: of every model.
     """
 
     origin: bias_figures.Found
     changes: dict[str, dict[Any, Change]]
+    after: dict[str, bias_figures.Found]
     answers: list[Answered]
 
     @classmethod
@@ -145,12 +147,13 @@ class _Besides:
         seed: int,
     ) -> _Besides:
         if asked is None:
-            return cls({}, {}, [])
+            return cls({}, {}, {}, [])
         taken = asked.figures(model, "origin", notes)
         names = asked.names(taken)
         answers = asked.answers(model, ORIGINAL, notes)
         before = [refuses(each.answer) for each in answers]
         changes: dict[str, dict[Any, Change]] = {}
+        found_after: dict[str, bias_figures.Found] = {}
         for name, mask in masks.items():
             under_mask = asked.figures(model, name, notes, mask, taken)
             for figure, (number, title) in names.items():
@@ -158,6 +161,7 @@ class _Besides:
                 if after is not None:
                     by_mask = changes.setdefault(figure, {})
                     by_mask[name] = bias_changes.change_of(taken[number][title], after, seed)
+                    found_after.setdefault(figure, {})[name] = after
             if answers:
                 found = asked.answers(model, name, notes, mask)
                 answers = [*answers, *found]
@@ -166,17 +170,25 @@ class _Besides:
                     after_it = [refuses(each.answer) for each in found]
                     by_mask[name] = partial(_refused, before, after_it, seed)
         origin = {figure: taken[number][title] for figure, (number, title) in names.items()}
-        return cls(origin, changes, answers)
+        return cls(origin, changes, found_after, answers)
 
-    def tables(self, changes: Changes) -> dict[str, Any]:
-        """The results "price" and "answers", where they were asked for."""
+    def tables(self, changes: Changes, confidence: float) -> dict[str, Any]:
+        """The results "price" and "answers", where they were asked for.
+
+        Args:
+            confidence: of each test's interval.
+        """
         price = {
             name: {
                 "unit": figures["unit"],
                 "neutral": figures["neutral"],
                 "definition": "; ".join(figures["notes"]),
                 "origin": {key: figures[key] for key in ("value", "low", "high", "n")},
-                "masks": changes.others.get(name, {}),
+                "masks": {
+                    mask: change
+                    | bias_changes.moved_items(figures, self.after[name][mask], confidence)
+                    for mask, change in changes.others.get(name, {}).items()
+                },
             }
             for name, figures in self.origin.items()
         }

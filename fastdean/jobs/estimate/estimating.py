@@ -29,8 +29,8 @@ _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"([\d.]+(?:e\+?\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
 # A product and a copy that are large enough to be timed, and take a fraction of a second.
 _PRODUCT, _COPY_BYTES, _LEAST_SECONDS = 1024, 64 << 20, 0.2
-# No GPU has less: a number below it lacks its unit.
-_LEAST_BYTES = 1_000_000
+# No memory is that small: a number below it lacks its unit.
+_LEAST_BYTES = 100_000
 _MOST_RANKS, _MOST_EXAMPLES = 1_000_000, 10_000_000
 # Of a peak, what it may be off: a test compares it with processes.
 _UNSURE = 0.1
