@@ -83,6 +83,9 @@ def resharded(model: nn.Module) -> bool:
                 fault = split_fault(parameter)
             elif of_name in managed and _is_split(*managed[of_name]):
                 fault = _split_shard_fault(parameter, size, *managed[of_name])
+            elif team > 1 and parameter.device_mesh.size() != size // team:
+                ranks = parameter.device_mesh.size()
+                fault = f"sharded over {ranks} ranks where each {team} hold a model together"
             else:
                 fault = shard_fault(parameter, size // team)
             if fault is not None:

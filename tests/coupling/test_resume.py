@@ -23,6 +23,7 @@ from tiny_models import gpt2, llama
 import fastdean
 from fastdean.coupling import (
     by_layers,
+    job_files,
     job_parts,
     kept_entries,
     kept_files,
@@ -480,7 +481,7 @@ def test_another_version_is_named(package, job, monkeypatch):
 
 
 def test_another_format_of_the_states_is_named(job, monkeypatch):
-    monkeypatch.setattr(resumable, "_FORMAT", resumable._FORMAT + 1)
+    monkeypatch.setattr(job_files, "FORMAT", job_files.FORMAT + 1)
     with pytest.raises(ValueError, match="differs in format of the states; choose"):
         score(resume=job)
 

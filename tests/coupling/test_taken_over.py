@@ -1,0 +1,284 @@
+"""A job layer by layer that goes on with another number of ranks, to the same bits.
+
+A job stops when the upper layer is through; its folder is made once, and copied for each test.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import norm_error
+from test_resume import assert_same_bits, score, stopped
+from test_sharded_and_split import attempt
+from tiny_experts import experts_model
+from tiny_models import llama
+from tiny_split import by_torch
+from two_ranks import join_group, leave_group, run_ranks
+
+from fastdean.coupling import kept_entries, resumable, scoring_job, taken_over
+from fastdean.files.storage import held
+
+EXACT = {"keep_top": 0.05, "deterministic": True}
+# Two layers forward, the losses of two sets, the upper layer backward for each.
+DONE = 6
+
+
+def stop(folder, done=DONE, model=None, **options):
+    """A job that every rank leaves when so many of its steps are done."""
+    with pytest.MonkeyPatch.context() as patch:
+        stopped(folder, done, patch, model, **options)
+
+
+def go_on(folder, model=None, **options):
+    """The scores of a job that goes on, and what it finishes of each data set."""
+    finished, keep = [], kept_entries.keep_entries
+
+    def noted(home, number, entries):
+        finished.extend((number, name) for name in entries)
+        keep(home, number, entries)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring_job, "keep_entries", noted)
+        return score(model, resume=folder, **options), finished
+
+
+def described(found):
+    scores, finished = found
+    return {
+        "entries": {
+            name: {
+                parameter: (entry.index, entry.sums, entry.signed, entry.fingerprint)
+                for parameter, entry in each.entries.items()
+            }
+            for name, each in scores.items()
+        },
+        "finished": finished,
+    }
+
+
+def gone_on(folder, model, options):
+    return described(go_on(folder, model, **options))
+
+
+def require_same(result, alone, *, exact=True):
+    assert not isinstance(result, str), result
+    assert list(result["entries"]) == list(alone)
+    for name, scores in alone.items():
+        assert list(result["entries"][name]) == list(scores.entries)
+        for parameter, entry in scores.entries.items():
+            index, sums, signed, fingerprint = result["entries"][name][parameter]
+            assert fingerprint == entry.fingerprint
+            assert index is None or torch.equal(index, entry.index)
+            if exact:
+                assert torch.equal(sums, entry.sums)
+            assert norm_error(sums, entry.sums) < 1e-5
+            assert (signed is None) == (entry.signed is None)
+            assert signed is None or norm_error(signed, entry.signed) < 1e-5
+
+
+def require_lower_layer(finished):
+    """What was finished before is not scored again."""
+    assert sorted({number for number, _ in finished}) == [0, 1]
+    assert len(finished) == 6 and all(".layers.0." in name for _, name in finished)
+
+
+def two_ranks(rank, folder):
+    join_group(rank, folder)
+    stop(folder / "two", **EXACT)
+    stop(folder / "plain", keep_top=0.05)
+    found = {"from one": attempt(gone_on, folder / "one", llama(), EXACT)}
+    leave_group(rank, folder, found)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """What two ranks left, and what they found where one had begun."""
+    folder = tmp_path_factory.mktemp("jobs")
+    stop(folder / "one", **EXACT)
+    return folder, run_ranks(two_ranks, folder)
+
+
+@pytest.fixture
+def job(folders, tmp_path):
+    """A job of two ranks that is not finished."""
+    return Path(shutil.copytree(folders[0] / "two", tmp_path / "job"))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return score(**EXACT)
+
+
+def test_two_ranks_go_on_where_one_began(folders, alone):
+    folder, ranks = folders
+    for found in ranks:
+        require_same(found["from one"], alone)
+        require_lower_layer(found["from one"]["finished"])
+    assert not (folder / "one").exists()
+
+
+def test_one_goes_on_where_two_ranks_began(job, alone, caplog):
+    found, finished = go_on(job, **EXACT)
+    assert_same_bits(found, alone)
+    require_lower_layer(finished)
+    assert not job.exists()
+    assert "was begun on 2 ranks and goes on on 1: the layers are run again, for all" in caplog.text
+    assert "but the 6 that are finished" in caplog.text
+
+
+def test_without_determinism_it_is_the_same_but_for_rounding(folders):
+    result = described(go_on(folders[0] / "plain", keep_top=0.05))
+    require_same(result, score(keep_top=0.05), exact=False)
+    require_lower_layer(result["finished"])
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_kill_while_folders_take_their_places_loses_nothing(job, alone, moment, monkeypatch):
+    """At every removal, every renaming, and in the first step after them."""
+    calls = []
+
+    def killed(call):
+        def counted(*arguments):
+            calls.append(call)
+            if len(calls) == moment + 1:
+                raise KeyboardInterrupt
+            return call(*arguments)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taken_over, "remove_folder", killed(taken_over.remove_folder))
+        patch.setattr(taken_over.os, "rename", killed(taken_over.os.rename))
+        patch.setattr(taken_over, "write_progress", killed(taken_over.write_progress))
+        reached = killed(resumable.Resumable.reached)
+        patch.setattr(resumable.Resumable, "reached", reached)
+        with pytest.raises(KeyboardInterrupt):
+            score(resume=job, **EXACT)
+    found, finished = go_on(job, **EXACT)
+    assert_same_bits(found, alone)
+    require_lower_layer(finished)
+    assert not job.exists()
+
+
+def changed(layer):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[layer].mlp.up_proj.weight[0, 0] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "text"),
+    [
+        (llama, {"keep_top": 0.1}, "differs in keep_top; choose another folder"),
+        (llama, {"deterministic": False}, "differs in deterministic; choose another folder"),
+        (lambda: changed(1), {}, "differs in the weights of model.layers.1; choose"),
+    ],
+    ids=["option", "determinism", "weights"],
+)
+def test_another_job_is_refused_by_name(job, model, options, text):
+    with pytest.raises(ValueError, match=text):
+        score(model(), resume=job, **{**EXACT, **options})
+
+
+def test_a_job_that_others_are_at_is_refused(job):
+    with held(job / "rank-1", "resume"), pytest.raises(ValueError, match="must not be in use"):
+        score(resume=job, **EXACT)
+    assert sorted(path.name for path in job.iterdir()) == ["rank-0", "rank-1"]
+
+
+def test_files_that_are_damaged_are_refused(job):
+    file = job / "rank-0" / "entries-0"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="must be as this job wrote it, got other content"):
+        score(resume=job, **EXACT)
+
+
+def mixtral():
+    return experts_model("Mixtral")
+
+
+# Name of a job: the model, how it is scored, after how many steps it stops.
+JOBS = {
+    "exact": (llama, EXACT, DONE),
+    "dense": (llama, {"deterministic": True, "signs": True}, DONE),
+    "forward": (llama, EXACT, 2),
+    "losses": (llama, EXACT, 4),
+    "head": (llama, {**EXACT, "target_modules": [".*proj", "lm_head"]}, 5),
+    "units": (llama, {"deterministic": True, "granularity": "unit"}, DONE),
+    "experts": (mixtral, {**EXACT, "memory_budget": 150_000}, 9),
+    "by example": (llama, {**EXACT, "target_modules": "every"}, 11),
+}
+
+
+def ranks_of(counts):
+    return [(begun, count) for begun in counts for count in counts if begun != count]
+
+
+def begin(rank, folder):
+    world = int(folder.name)
+    join_group(rank, folder, world=world)
+    for name, (make, options, done) in JOBS.items():
+        for _, count in [pair for pair in ranks_of((1, 2, 4)) if pair[0] == world]:
+            stop(folder.parent / f"{name}, {world} to {count}", done, make(), **options)
+    leave_group(rank, folder, {})
+
+
+def end(rank, folder):
+    world, found = int(folder.name.partition(" ")[0]), {}
+    join_group(rank, folder, world=world)
+    for name, (make, options, _) in JOBS.items():
+        for begun, _ in [pair for pair in ranks_of((1, 2, 4)) if pair[1] == world]:
+            of = f"{name}, {begun} to {world}"
+            found[of] = attempt(gone_on, folder.parent / of, make(), options)
+    leave_group(rank, folder, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(1, 2, 4)])
+def test_numbers_of_ranks_and_ways_to_score(tmp_path, counts):
+    expected = {name: score(make(), **options) for name, (make, options, _) in JOBS.items()}
+    for work, label in ((begin, "{}"), (end, "{} again")):
+        for world in counts:
+            folder = tmp_path / label.format(world)
+            folder.mkdir()
+            for found in run_ranks(work, folder, world=world):
+                for of, result in found.items():
+                    require_same(result, expected[of.partition(",")[0]])
+
+
+def split(world):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    return by_torch(llama(), mesh["tp"])
+
+
+def begin_split(rank, folder):
+    join_group(rank, folder, world=4)
+    stop(folder / "job", model=split(4), **EXACT)
+    leave_group(rank, folder, {})
+
+
+def end_split(rank, folder):
+    join_group(rank, folder)
+    place = folder.parent / "job"
+    found = {"whole": attempt(gone_on, place, llama(), EXACT)}
+    found["split"] = attempt(gone_on, place, split(2), EXACT)
+    leave_group(rank, folder, found)
+
+
+@pytest.mark.slow
+def test_teams_go_on_with_teams_of_as_many(tmp_path):
+    run_ranks(begin_split, tmp_path, world=4)
+    expected, folder = score(**EXACT), tmp_path / "two"
+    folder.mkdir()
+    for found in run_ranks(end_split, folder):
+        assert "with one of which 2 ranks held a model together, and not 1;" in found["whole"]
+        require_same(found["split"], expected, exact=False)
+        require_lower_layer(found["split"]["finished"])
