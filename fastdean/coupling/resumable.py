@@ -245,7 +245,7 @@ def resumable(
     resident: Collection[str],
     ranks: Ranks,
     results_bytes: int,
-    worth: Collection[tuple[int, str]] = (),
+    worth: Mapping[tuple[int, str], torch.device],
     read_here: Callable[[], int] = lambda: 0,
 ) -> Iterator[Resumable]:
     """The job in a folder, as far as it came. When the block ends well, its files are removed.
@@ -257,8 +257,7 @@ def resumable(
         windows: bring in a layer's weights.
         resident: names of the layers whose weights are in memory all the time.
         results_bytes: of the results, for which the disk must have room besides.
-        worth: numbers of data sets and keys of targets of which a finished entry is taken over from
-            a job on another number of ranks.
+        worth: what is taken over of a job on another number of ranks (`take_over`).
         read_here: bytes of weights that this process has read for the job.
     Raises:
         ValueError: the folder holds anything else, or another process is at work with it.

@@ -201,7 +201,7 @@ class ScoringJob:
         )
         # Parameters that are scored by example are finished in the windows that they are found in.
         worth = {
-            (number, target.parameter)
+            (number, target.parameter): target.device(subject.device)
             for number, scorable in enumerate(sets)
             for target in scorable.targets
             if not scorable.by_example

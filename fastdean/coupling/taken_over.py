@@ -12,12 +12,15 @@ kill at any moment leaves one that holds the entries.
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastdean.coupling.job_files import (
     JOB,
@@ -46,7 +49,7 @@ def take_over(
     where: str | Path,
     parts: Mapping[str, str],
     ranks: Ranks,
-    worth: Collection[tuple[int, str]],
+    worth: Mapping[tuple[int, str], torch.device],
 ) -> None:
     """Where another number of ranks has left a job in a folder, make it one of these ranks'.
 
@@ -55,7 +58,8 @@ def take_over(
     Args:
         place: the folder; `where`: as it was given.
         parts: what makes two jobs the same (`job_parts`), of this rank.
-        worth: numbers of data sets and keys of targets of which a finished entry is taken over.
+        worth: number of a data set and key of a target of which a finished entry is taken over ->
+            where the target computes on this rank.
     Raises:
         ValueError: it is another job, or another process is at work with it.
         RuntimeError: a rank does not see the folder.
@@ -88,7 +92,7 @@ def _take_over(
     where: str | Path,
     parts: Mapping[str, str],
     ranks: Ranks,
-    worth: Collection[tuple[int, str]],
+    worth: Mapping[tuple[int, str], torch.device],
     jobs: Mapping[int, Mapping[str, Any]],
 ) -> None:
     # One that all read, as some ranks may have been a step further than others.
@@ -152,8 +156,15 @@ def _alike(
             f"resume must hold the part of a rank with this one's weights, got {str(where)!r} with "
             "none; remove it to start again"
         )
-    require_same_parts(where, jobs[min(found)], parts, besides=OF_RANKS)
+    job = jobs[min(found)]
+    job = {**job, "parts": _of_any_rank(job["parts"])}
+    require_same_parts(where, job, _of_any_rank(parts), besides=OF_RANKS)
     return min(found)
+
+
+def _of_any_rank(parts: Mapping[str, str]) -> dict[str, str]:
+    """Which device, and not which of several alike."""
+    return {**parts, "device": re.sub(r":\d+", "", parts.get("device", ""))}
 
 
 def _write(
@@ -163,7 +174,7 @@ def _write(
     jobs: Mapping[int, Mapping[str, Any]],
     parts: Mapping[str, str],
     ranks: Ranks,
-    worth: Collection[tuple[int, str]],
+    worth: Mapping[tuple[int, str], torch.device],
 ) -> int:
     """Write a rank's new folder; how many entries are in it."""
     of_entries, of_weights = (_progress(_rank(place, number), jobs[number]) for number in sources)
@@ -173,9 +184,13 @@ def _write(
     try:
         files = of_entries["commit"]["files"]
         old.reopen({name: said for name, said in files.items() if name.startswith("entries-")})
-        found = [(key, note) for key, note, _ in old.notes("entries") if key[1:] in worth]
-        for key, note in found:
-            kept.keep(key, old.bring(key), partial(dict, note))
+        found = [each for each in old.notes("entries") if each[0][1:] in worth]
+        for key, note, tensors in found:
+            # A rank has a device of its own; what went to the CPU stays there.
+            devices = ["cpu" if t.device == "cpu" else worth[key[1:]] for t in tensors]
+            brought = zip(old.bring(key, "cpu").items(), devices, strict=True)
+            here = {name: tensor.to(device) for (name, tensor), device in brought}
+            kept.keep(key, here, partial(dict, note))
         standing = kept.standing()
     finally:
         old.close()

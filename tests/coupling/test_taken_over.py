@@ -6,6 +6,8 @@ A job stops when the upper layer is through; its folder is made once, and copied
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,14 @@ from tiny_models import llama
 from tiny_split import by_torch
 from two_ranks import join_group, leave_group, run_ranks
 
-from fastdean.coupling import kept_entries, resumable, scoring_job, taken_over
+from fastdean.coupling import (
+    job_parts,
+    kept_entries,
+    resumable,
+    scoring_job,
+    state_files,
+    taken_over,
+)
 from fastdean.files.storage import held
 
 EXACT = {"keep_top": 0.05, "deterministic": True}
@@ -85,11 +94,32 @@ def require_lower_layer(finished):
     assert len(finished) == 6 and all(".layers.0." in name for _, name in finished)
 
 
+@contextmanager
+def of_gpu(number):
+    """As a job says of itself on this one of several GPUs; its results come from there."""
+    of, keep = state_files.Part.of, kept_entries.keep_entries
+
+    def kept(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            there = f"cuda:{number}"
+            patch.setattr(state_files.Part, "of", lambda tensor: replace(of(tensor), device=there))
+            keep(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_parts, "_device", lambda parameter: f"cuda:{number} of a kind")
+        patch.setattr(scoring_job, "keep_entries", kept)
+        yield
+
+
 def two_ranks(rank, folder):
     join_group(rank, folder)
     stop(folder / "two", **EXACT)
     stop(folder / "plain", keep_top=0.05)
     found = {"from one": attempt(gone_on, folder / "one", llama(), EXACT)}
+    # There is no such device here, so that nothing of it may be asked for.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_parts, "_device", lambda parameter: f"cuda:{rank} of a kind")
+        found["from a GPU"] = attempt(gone_on, folder / "gpu", llama(), EXACT)
     leave_group(rank, folder, found)
 
 
@@ -98,6 +128,8 @@ def folders(tmp_path_factory):
     """What two ranks left, and what they found where one had begun."""
     folder = tmp_path_factory.mktemp("jobs")
     stop(folder / "one", **EXACT)
+    with of_gpu(7):
+        stop(folder / "gpu", done=7, **EXACT)
     return folder, run_ranks(two_ranks, folder)
 
 
@@ -117,6 +149,8 @@ def test_two_ranks_go_on_where_one_began(folders, alone):
     for found in ranks:
         require_same(found["from one"], alone)
         require_lower_layer(found["from one"]["finished"])
+        require_same(found["from a GPU"], alone)
+        assert {number for number, _ in found["from a GPU"]["finished"]} == {1}
     assert not (folder / "one").exists()
 
 
@@ -209,47 +243,44 @@ JOBS = {
     "dense": (llama, {"deterministic": True, "signs": True}, DONE),
     "forward": (llama, EXACT, 2),
     "losses": (llama, EXACT, 4),
-    "head": (llama, {**EXACT, "target_modules": [".*proj", "lm_head"]}, 5),
+    "head": (llama, {**EXACT, "target_modules": ["down_proj", "lm_head"]}, 5),
     "units": (llama, {"deterministic": True, "granularity": "unit"}, DONE),
     "experts": (mixtral, {**EXACT, "memory_budget": 150_000}, 9),
     "by example": (llama, {**EXACT, "target_modules": "every"}, 11),
 }
 
 
-def ranks_of(counts):
-    return [(begun, count) for begun in counts for count in counts if begun != count]
+def world_of(folder):
+    return int(folder.name.partition(" ")[0])
 
 
 def begin(rank, folder):
-    world = int(folder.name)
-    join_group(rank, folder, world=world)
+    join_group(rank, folder, world=world_of(folder))
     for name, (make, options, done) in JOBS.items():
-        for _, count in [pair for pair in ranks_of((1, 2, 4)) if pair[0] == world]:
-            stop(folder.parent / f"{name}, {world} to {count}", done, make(), **options)
+        stop(folder.parent / name, done, make(), **options)
     leave_group(rank, folder, {})
 
 
 def end(rank, folder):
-    world, found = int(folder.name.partition(" ")[0]), {}
-    join_group(rank, folder, world=world)
-    for name, (make, options, _) in JOBS.items():
-        for begun, _ in [pair for pair in ranks_of((1, 2, 4)) if pair[1] == world]:
-            of = f"{name}, {begun} to {world}"
-            found[of] = attempt(gone_on, folder.parent / of, make(), options)
+    join_group(rank, folder, world=world_of(folder))
+    found = {
+        name: attempt(gone_on, folder.parent / name, make(), options)
+        for name, (make, options, _) in JOBS.items()
+    }
     leave_group(rank, folder, found)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("counts", [(1, 2, 4)])
-def test_numbers_of_ranks_and_ways_to_score(tmp_path, counts):
-    expected = {name: score(make(), **options) for name, (make, options, _) in JOBS.items()}
-    for work, label in ((begin, "{}"), (end, "{} again")):
-        for world in counts:
-            folder = tmp_path / label.format(world)
-            folder.mkdir()
-            for found in run_ranks(work, folder, world=world):
-                for of, result in found.items():
-                    require_same(result, expected[of.partition(",")[0]])
+@pytest.mark.parametrize("begun, count", [(2, 1), (1, 4), (2, 4), (4, 2)])
+def test_numbers_of_ranks_and_ways_to_score(tmp_path, begun, count):
+    first, second = tmp_path / f"{begun} begin", tmp_path / f"{count} end"
+    first.mkdir(), second.mkdir()
+    run_ranks(begin, first, world=begun)
+    ranks = run_ranks(end, second, world=count)
+    for name, (make, options, _) in JOBS.items():
+        expected = score(make(), **options)
+        for found in ranks:
+            require_same(found[name], expected)
 
 
 def split(world):
