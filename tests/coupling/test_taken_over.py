@@ -14,7 +14,8 @@ import pytest
 import torch
 from oracle import norm_error
 from test_resume import assert_same_bits, score, stopped
-from test_sharded_and_split import attempt
+from test_sharded import sharded
+from test_sharded_and_split import attempt, in_two_ways
 from tiny_experts import experts_model
 from tiny_models import llama
 from tiny_split import by_torch
@@ -283,33 +284,43 @@ def test_numbers_of_ranks_and_ways_to_score(tmp_path, begun, count):
             require_same(found[name], expected)
 
 
-def split(world):
+def mesh_of(world):
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-    return by_torch(llama(), mesh["tp"])
+    return init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
 
 
-def begin_split(rank, folder):
+# Where a rank has a part of the weights.
+IN_PARTS = {
+    "split": lambda world: by_torch(llama(), mesh_of(world)["tp"]),
+    "sharded": lambda world: sharded(llama()),
+    "both": lambda world: in_two_ways(llama(), mesh_of(world)),
+}
+
+
+def begin_in_parts(rank, folder):
     join_group(rank, folder, world=4)
-    stop(folder / "job", model=split(4), **EXACT)
+    for name, make in IN_PARTS.items():
+        stop(folder / name, model=make(4), **EXACT)
     leave_group(rank, folder, {})
 
 
-def end_split(rank, folder):
+def end_in_parts(rank, folder):
     join_group(rank, folder)
-    place = folder.parent / "job"
-    found = {"whole": attempt(gone_on, place, llama(), EXACT)}
-    found["split"] = attempt(gone_on, place, split(2), EXACT)
+    found = {"whole": attempt(gone_on, folder.parent / "split", llama(), EXACT)}
+    for name, make in IN_PARTS.items():
+        found[name] = attempt(gone_on, folder.parent / name, make(2), EXACT)
     leave_group(rank, folder, found)
 
 
 @pytest.mark.slow
-def test_teams_go_on_with_teams_of_as_many(tmp_path):
-    run_ranks(begin_split, tmp_path, world=4)
+def test_models_in_parts_go_on_where_as_many_ranks_hold_one(tmp_path):
+    run_ranks(begin_in_parts, tmp_path, world=4)
     expected, folder = score(**EXACT), tmp_path / "two"
     folder.mkdir()
-    for found in run_ranks(end_split, folder):
-        assert "with one of which 2 ranks held a model together, and not 1;" in found["whole"]
-        require_same(found["split"], expected, exact=False)
-        require_lower_layer(found["split"]["finished"])
+    for found in run_ranks(end_in_parts, folder):
+        assert "with one of which 2 ranks held a model together, and not 1;" in found.pop("whole")
+        for name, result in found.items():
+            # Ranks that hold a model together add up products of their own.
+            require_same(result, expected, exact=name == "sharded")
+            require_lower_layer(result["finished"])
