@@ -61,8 +61,8 @@ def chunk(places, parts, number):
 
 
 def test_blocks_lie_where_fsdp_puts_them():
-    """On every rank of meshes of up to 24, also of axes that they do not share evenly."""
-    for number, dp, tp in itertools.product(range(1, 25), (1, 2, 3, 4, 6), (2, 3, 4)):
+    """On every rank of meshes of up to 18, also of axes that they do not share evenly."""
+    for number, dp, tp in itertools.product(range(1, 18), (1, 2, 3, 6), (2, 3)):
         for rank in range(dp * tp):
             of_dp, of_tp = divmod(rank, tp)
             split = chunk(torch.arange(number), tp, of_tp)
