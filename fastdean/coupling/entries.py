@@ -48,7 +48,7 @@ def finish(
         with naming_matrix(target.parameter):
             accumulator = accumulators.pop(target.key)
             if ranks.teams:
-                entry = team_entry(accumulator, target, ranks, top)
+                entry = team_entry(accumulator, target, weight, ranks, top)
             else:
                 part = weight_of_part(target, weight)
                 entry = reduced_entry(accumulator, part, ranks, top)

@@ -126,7 +126,8 @@ def score(
         resume: a folder for a job layer by layer that may be killed. Called again with it, the job
             goes on in the layer it was in, with the bits of a job that was not interrupted (on
             CUDA with `deterministic=True`). Model, data, options and versions must be the same;
-            what is not is named. A rank has a folder of its own in it. A finished job removes it.
+            what is not is named. A rank has a folder of its own in it; another number of ranks
+            takes over what is finished. A finished job removes it.
             Where nothing else handles SIGTERM, it ends the process with exit code 143.
         signs: keep the sum of the gradients beside that of their absolute values, for
             `Scores.signs` and `couple(..., signs=)`. Dense sums, also those while scoring runs,

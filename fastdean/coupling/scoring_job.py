@@ -199,6 +199,13 @@ class ScoringJob:
         results = sum(
             entries_bytes(s.targets, asked.granularity, asked.keep_top, asked.signs) for s in sets
         )
+        # Parameters that are scored by example are finished in the windows that they are found in.
+        worth = {
+            (number, target.parameter): target.device(subject.device)
+            for number, scorable in enumerate(sets)
+            for target in scorable.targets
+            if not scorable.by_example
+        }
         with resumable(
             asked.resume,
             parts,
@@ -207,6 +214,7 @@ class ScoringJob:
             subject.resident,
             subject.ranks,
             results,
+            worth,
             lambda: subject.bytes_read,
         ) as job:
             yield job.home, job

@@ -38,7 +38,8 @@ from fastdean.models.layers.windows import (
 from fastdean.models.model_state import input_device, unwrap
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.sharded import ShardedModel, resharded
-from fastdean.models.ranks.tensor_parallel import in_teams, is_split
+from fastdean.models.ranks.shards import OwnBlock, is_sharded
+from fastdean.models.ranks.tensor_parallel import in_teams, is_split, training_ranks
 from fastdean.wording.log import logger
 
 
@@ -80,8 +81,11 @@ class Subject:
         if in_parts and is_split(model):
             return cls(model, survey(model), in_teams(model, ranks))
         found = survey(model)
-        sharded = ShardedModel(model, found.layers, ranks) if in_parts else None
-        return cls(model, found, ranks, sharded=sharded)
+        if not in_parts:
+            return cls(model, found, ranks)
+        # In teams where tensor parallel splits what FSDP2 shards.
+        ranks = training_ranks(model)
+        return cls(model, found, ranks, sharded=ShardedModel(model, found.layers, ranks))
 
     @property
     def parts(self) -> ShardedModel | StreamedModel | None:
@@ -135,7 +139,7 @@ class Subject:
             ValueError: such a model cannot be scored like this.
         """
         dense = asked.keep_top is None and asked.granularity == "weight"
-        if self.ranks.teams:
+        if self.ranks.teams and self.parts is None:
             if asked.resume is not None and dense:
                 raise ValueError(
                     "keep_top must be given with resume for a model that tensor parallel splits "
@@ -180,7 +184,7 @@ class Subject:
         require_own_parameters(self.model, targets)
         if self.ranks.teams:
             with self.ranks.failing_together():
-                targets = in_blocks(targets)
+                targets = in_blocks(targets, self._block)
             if asked.memory_budget is not None:
                 require_even_blocks(targets, self.ranks)
         # Layer by layer more is needed than the sums, or less, and all of it is told at once, when
@@ -194,6 +198,12 @@ class Subject:
             if not all(least([target]) <= asked.memory_budget for target in targets):
                 split_by_memory(targets, all_sums, asked.memory_budget)
         return targets
+
+    def _block(self, target: Target) -> OwnBlock:
+        """What this rank has of a weight while the model runs."""
+        if self.sharded is None:
+            return OwnBlock.of(target.weight)
+        return self.sharded.block(target.module, target.leaf)
 
     def require_room(self, asked: Asked, targets: Sequence[Target], sets: int) -> None:
         """ValueError where dense sums of so many data sets do not fit into memory."""
@@ -220,7 +230,7 @@ class Subject:
         if self.sharded is None:
             return target.materialised()
         weight = self.sharded.original(target.module, target.leaf)
-        if asked.keep_top is not None or asked.granularity == "unit":
+        if asked.keep_top is not None or asked.granularity == "unit" or is_sharded(weight):
             return weight
         # It outlives its window with the dense sums, and goes where they do.
         return weight.to("cpu" if asked.memory_budget is not None else weight.device, copy=True)

@@ -23,7 +23,14 @@ from tiny_models import gpt2, llama
 import fastdean
 from fastdean.coupling import order
 from fastdean.coupling.layers import by_layers, states
-from fastdean.coupling.resuming import job_parts, kept_entries, kept_files, resumable, state_files
+from fastdean.coupling.resuming import (
+    job_files,
+    job_parts,
+    kept_entries,
+    kept_files,
+    resumable,
+    state_files,
+)
 from fastdean.coupling.scoring import score_sets
 from fastdean.coupling.workloads import loss_scale
 from fastdean.files import folders
@@ -473,7 +480,7 @@ def test_another_version_is_named(package, job, monkeypatch):
 
 
 def test_another_format_of_the_states_is_named(job, monkeypatch):
-    monkeypatch.setattr(resumable, "_FORMAT", resumable._FORMAT + 1)
+    monkeypatch.setattr(job_files, "FORMAT", job_files.FORMAT + 1)
     with pytest.raises(ValueError, match="differs in format of the states; choose"):
         score(resume=job)
 

@@ -281,6 +281,7 @@ class Sweep:
 
     def _loss(self, replay: Replay, of: Set, outside: Sequence[Target]) -> None:
         """Run what follows the layers, and backward to what the layers returned."""
+        outside = [target for target in outside if target.key not in of.done]
         groups = self.split(of.scorable, outside) or [[]]
         scale, fit = of.scorable.scale, self.fit_scales
         begun = 0 if scale is None else scale.exponent

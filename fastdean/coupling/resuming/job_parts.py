@@ -24,6 +24,10 @@ from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
 
 # Of which another version may round, or define, otherwise.
 _PACKAGES = ("fastdean", "torch", "transformers")
+# Parts that another number of ranks has otherwise.
+OF_RANKS = frozenset(
+    {"number of ranks", "ranks that hold a model together", "batches", "matrices that are held"}
+)
 
 
 def job_parts(

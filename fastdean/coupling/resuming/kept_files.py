@@ -146,6 +146,14 @@ class KeptFiles(InFiles):
         for entry in self.folder.iterdir():
             if is_state_file(entry.name) and entry.name not in standing:
                 entry.unlink()
+        self.reopen(standing)
+
+    def reopen(self, standing: Mapping[str, Mapping[str, Any]]) -> None:
+        """Open these files as they stood.
+
+        Raises:
+            ValueError: one of them is not as it was.
+        """
         for name, said in standing.items():
             file = self._reopened(self.folder / name)
             key = self._scan(file, said)

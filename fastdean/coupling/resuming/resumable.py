@@ -1,8 +1,7 @@
 """A job layer by layer in a folder from which another process goes on with it.
 
-    DIR/rank-0/job.json         what makes two jobs the same, and the job's number
-    DIR/rank-0/progress.json    the commit record: steps that are done, which bytes of which files
-    DIR/rank-0/state-3 ...      the files (kept_files.py)
+    DIR/rank-0/job.json, progress.json     which job it is, the commit record (job_files.py)
+    DIR/rank-0/state-3 ...                 the files (kept_files.py)
 
 A commit flushes the files, replaces progress.json, and, when all ranks have done so, removes files
 that nobody needs. A kill at any moment leaves the commit before or the one after. README.md says
@@ -11,8 +10,6 @@ why nothing is added twice.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import secrets
 import signal
 import threading
@@ -26,67 +23,36 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from fastdean.coupling.resuming.job_parts import circumstances, weights_digest
-from fastdean.coupling.resuming.kept_files import STANDING, KeptFiles, damaged, is_state_file
-from fastdean.coupling.resuming.milestones import Milestones
-from fastdean.coupling.resuming.state_files import full_disk
-from fastdean.files.declared import (
-    Exactly,
-    Kind,
-    Lists,
-    Maps,
-    Maybe,
-    Record,
-    Text,
-    Whole,
-    read_json,
+from fastdean.coupling.resuming.job_files import (
+    JOB,
+    PROGRESS,
+    START,
+    read_job,
+    read_progress,
+    require_same_parts,
+    write_job,
+    write_progress,
 )
+from fastdean.coupling.resuming.job_parts import circumstances, weights_digest
+from fastdean.coupling.resuming.kept_files import KeptFiles, damaged, is_state_file
+from fastdean.coupling.resuming.milestones import Milestones
+from fastdean.coupling.resuming.taken_over import take_over
 from fastdean.files.storage import (
     held,
     is_temporary,
     real_place,
     remove_folder,
     sweep,
-    write_json_atomic,
 )
+from fastdean.models.identity import json_digest
 from fastdean.models.layers.windows import Windows
 from fastdean.models.model_state import undone
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
-_JOB, _PROGRESS = "job.json", "progress.json"
-# 1: the first. 2: what embeddings return is kept as that of further layers, and the bytes of
-# weights that were read. 3: with the tokens that experts were given.
-_FORMAT = 3
 # Between two commits within a step.
 _SECONDS = 30.0
-_ADVICE = "remove its folder to start again"
-_KIND = "scoring layer by layer"
-_JOB_FILE = Record(
-    {
-        "kind": Exactly(_KIND),
-        "format": Whole(least=1),
-        "number": Text(longest=100),
-        "parts": Maps(Text()),
-        "circumstances": Maps(Text()),
-        "folders_made": Whole(),
-    }
-)
-_COMMIT = Record({"step": Whole(), "batches": Whole(), "files": STANDING})
-_PROGRESS_FILE: Kind = Record(
-    {
-        "number": Text(longest=100),
-        "commit": _COMMIT,
-        "before": Maybe(_COMMIT),
-        "weights": Maps(Text(longest=64)),
-        "used": Maps(Lists(Whole())),
-        "most_bytes": Whole(),
-        "bytes_read": Whole(),
-        "sha256": Text(longest=64),
-    }
-)
-_START: dict[str, Any] = {"step": 0, "batches": 0, "files": {}}
 
 
 class Resumable(Milestones):
@@ -108,7 +74,7 @@ class Resumable(Milestones):
         self._read_here = read_here
         self._folder, self._number, self._ranks = folder, number, ranks
         self.home = KeptFiles(folder, number)
-        self._commit: dict[str, Any] = _START
+        self._commit: dict[str, Any] = START
         self._before: dict[str, Any] | None = None
         # Name of a layer -> digest of its weights.
         self._weights: dict[str, str] = {}
@@ -137,8 +103,9 @@ class Resumable(Milestones):
         is_through = step == 0 and not self._ranks.highest(int(fresh))
         with self._ranks.failing_together():
             if self._commit["step"] != step:
-                if is_through:
-                    self._before = _START
+                # Not one that has taken finished results over, with which it begins.
+                if is_through and (self._before is None or self._before["step"] != 0):
+                    self._before = START
                 if self._before is None or self._before["step"] != step:
                     raise StateError(
                         "resume must hold the states of all ranks, got those of a rank that is at "
@@ -149,6 +116,8 @@ class Resumable(Milestones):
                 self._save(self._before, None)
             self._go_with_the_team()
             self.home.restore(self._commit["files"])
+        self._require_same_entries()
+        with self._ranks.failing_together():
             for k, (name, layer) in enumerate(layers.items()):
                 if name in self._resident:
                     self._compare(name, layer)
@@ -156,11 +125,20 @@ class Resumable(Milestones):
                 elif self._ranks.highest(int(name in self._weights)):
                     with windows.layer(k, k):
                         self._compare(name, layer)
-        if self._ranks.first and self._commit != _START:
+        if self._ranks.first and not self.is_at_the_start:
             logger.warning(
                 "scoring goes on from %r, after step %d of its windows",
                 str(self._folder.parent),
                 step,
+            )
+
+    def _require_same_entries(self) -> None:
+        """RuntimeError unless all ranks have finished the same: they make the others together."""
+        keys = sorted(key[1:] for key, _, _ in self.home.notes("entries"))
+        if not self._ranks.hold_the_same(int(json_digest(keys)[:15], 16)):
+            raise StateError(
+                "resume must hold the same finished matrices for all ranks, got others; remove the "
+                "folder to start again"
             )
 
     def _go_with_the_team(self) -> None:
@@ -179,6 +157,11 @@ class Resumable(Milestones):
     def is_at_the_start(self) -> bool:
         """Whether there is nothing to go on from."""
         return (self._commit["step"], self._commit["batches"]) == (0, 0)
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether there are finished results."""
+        return any(True for _ in self.home.notes("entries"))
 
     def pending(self, step: int) -> bool:
         return step >= self._commit["step"]
@@ -200,7 +183,7 @@ class Resumable(Milestones):
 
     def finish(self) -> None:
         """There is nothing to go on from any more; the files are of no use."""
-        self._save(_START, None)
+        self._save(START, None)
 
     def require_same(self, name: str, layer: nn.Module) -> None:
         if name not in self._resident:
@@ -234,27 +217,18 @@ class Resumable(Milestones):
             "most_bytes": self.home.most_bytes,
             "bytes_read": self.bytes_read + self._read_here(),
         }
-        try:
-            write_json_atomic(self._folder / _PROGRESS, {**content, "sha256": _digest(content)})
-        except OSError as error:
-            raise full_disk(self._folder, error) from error
+        write_progress(self._folder, content)
         self._commit, self._before = commit, before
         self._written = time.monotonic()
 
     def _read(self) -> None:
-        file = self._folder / _PROGRESS
-        if not file.exists():
+        found = read_progress(self._folder, self._number)
+        if found is None:
             # It is written before them.
             if any(is_state_file(entry.name) for entry in self._folder.iterdir()):
-                raise damaged(file, "no such file")
-            self._save(_START, None)
+                raise damaged(self._folder / PROGRESS, "no such file")
+            self._save(START, None)
             return
-        found = read_json(
-            file, _PROGRESS_FILE, advice=f"remove {str(self._folder)!r} to start again"
-        )
-        content = {name: part for name, part in found.items() if name != "sha256"}
-        if found["number"] != self._number or found["sha256"] != _digest(content):
-            raise damaged(file, "other content")
         self._commit, self._before = found["commit"], found["before"]
         self._weights = dict(found["weights"])
         self.used |= {int(k): frozenset(used) for k, used in found["used"].items()}
@@ -271,6 +245,7 @@ def resumable(
     resident: Collection[str],
     ranks: Ranks,
     results_bytes: int,
+    worth: Mapping[tuple[int, str], torch.device],
     read_here: Callable[[], int] = lambda: 0,
 ) -> Iterator[Resumable]:
     """The job in a folder, as far as it came. When the block ends well, its files are removed.
@@ -282,6 +257,7 @@ def resumable(
         windows: bring in a layer's weights.
         resident: names of the layers whose weights are in memory all the time.
         results_bytes: of the results, for which the disk must have room besides.
+        worth: what is taken over of a job on another number of ranks (`take_over`).
         read_here: bytes of weights that this process has read for the job.
     Raises:
         ValueError: the folder holds anything else, or another process is at work with it.
@@ -297,6 +273,8 @@ def resumable(
     ):
         with ranks.failing_together():
             _require_ours(place, where)
+        take_over(place, where, parts, ranks, worth)
+        with ranks.failing_together():
             try:
                 own.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -309,8 +287,8 @@ def resumable(
         try:
             with ranks.failing_together():
                 stack.enter_context(held(own, "resume"))
-                fresh = not (own / _JOB).exists()
-                number, levels = _claimed(own, where, parts, made)
+                fresh = not (own / JOB).exists()
+                number, levels = _claimed(own, where, parts, made, ranks)
             job = Resumable(own, number, ranks, resident, read_here)
             job.home.besides_bytes = results_bytes
             # Twice: an interrupt of the first leaves the second.
@@ -327,7 +305,7 @@ def resumable(
             # Whatever ended it: what is done of a step that can be left is not done again.
             with suppress(OSError):
                 job.write_down()
-            if job.is_at_the_start:
+            if job.is_at_the_start and not job.has_entries:
                 job.home.close()
                 with suppress(OSError):
                     remove_folder(own)
@@ -349,16 +327,16 @@ def resumable(
 
 def holds_job(where: str | Path) -> bool:
     """Whether a folder holds an unfinished job; it may be another one."""
-    return any(real_place(where, "resume").glob(f"rank-*/{_JOB}"))
+    return any(real_place(where, "resume").glob(f"rank-*/{JOB}"))
 
 
 def discard(where: str | Path) -> None:
     """Remove the job of a single process from a folder: it ends otherwise."""
     place = real_place(where, "resume")
     own = place / "rank-0"
-    if (own / _JOB).is_file():
+    if (own / JOB).is_file():
         with held(own, "resume"):
-            levels = read_json(own / _JOB, _JOB_FILE, advice=_ADVICE)["folders_made"]
+            levels = read_job(own, "remove its folder to start again")["folders_made"]
             remove_folder(own)
         _remove_empty(place, levels)
 
@@ -384,40 +362,31 @@ def _is_rank(folder: Path) -> bool:
     if kind != "rank" or not number.isdigit() or not folder.is_dir() or folder.is_symlink():
         return False
     names = [entry.name for entry in folder.iterdir()]
-    leftover = [name for name in names if is_temporary(name, _JOB)]
-    return _JOB in names or names == leftover
+    leftover = [name for name in names if is_temporary(name, JOB)]
+    return JOB in names or names == leftover
 
 
-def _claimed(own: Path, where: str | Path, parts: Mapping[str, str], made: int) -> tuple[str, int]:
+def _claimed(
+    own: Path, where: str | Path, parts: Mapping[str, str], made: int, ranks: Ranks
+) -> tuple[str, int]:
     """The job's number, and how many folders were made for it; a new one where there is none."""
-    file = own / _JOB
-    if not file.exists():
+    if not (own / JOB).exists():
         number = secrets.token_hex(8)
         content = {
-            "kind": _KIND,
-            "format": _FORMAT,
             "number": number,
             "parts": dict(parts),
             "circumstances": circumstances(),
             "folders_made": made,
+            "place": ranks.team.index(ranks.rank),
+            "team": len(ranks.team),
         }
-        write_json_atomic(file, content)
+        write_job(own, content)
         return number, made
-    found = read_json(file, _JOB_FILE, advice=f"remove {str(own)!r} to start again")
-    kept = {"format of the states": str(found["format"]), **found["parts"]}
-    now = {"format of the states": str(_FORMAT), **parts}
-    names = [name for name in {**now, **kept} if now.get(name) != kept.get(name)]
-    # Which follow from others.
-    names = [name for name in names if name not in ("batches", "targets")] or names
-    if names:
-        raise ValueError(
-            f"resume must be a folder of this job, got {str(where)!r} with one that differs in "
-            f"{', '.join(sorted(names))}; choose another folder, or call with the same model, data "
-            "and options"
-        )
+    found = read_job(own)
+    require_same_parts(where, found, parts)
     for entry in own.iterdir():
-        if not (is_state_file(entry.name) or entry.name in (_JOB, _PROGRESS)):
-            if not any(is_temporary(entry.name, name) for name in (_JOB, _PROGRESS)):
+        if not (is_state_file(entry.name) or entry.name in (JOB, PROGRESS)):
+            if not any(is_temporary(entry.name, name) for name in (JOB, PROGRESS)):
                 raise ValueError(
                     f"resume must hold an unfinished score() and nothing else, got {str(own)!r} "
                     f"with {entry.name!r} in it; move it away"
@@ -438,7 +407,7 @@ def _claimed(own: Path, where: str | Path, parts: Mapping[str, str], made: int) 
 
 def _remove_empty_rank(own: Path, levels: int) -> None:
     """Of a job that did not begin, or is through: nothing stays."""
-    if (own / _JOB).exists():
+    if (own / JOB).exists():
         return
     # Refused where another process has just made it its own.
     with suppress(OSError, ValueError), held(own, "resume"):
@@ -451,10 +420,6 @@ def _remove_empty(place: Path, levels: int) -> None:
     for folder in (place, *place.parents)[:levels]:
         with suppress(OSError):
             folder.rmdir()
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -140,12 +140,13 @@ class InFiles:
         file.end, file.records[key[-1]] = end, stored
         self.most_bytes = max(self.most_bytes, self.held_bytes)
 
-    def bring(self, key: Key) -> dict[Name, Tensor]:
+    def bring(self, key: Key, device: str | None = None) -> dict[Name, Tensor]:
+        """The tensors of a record, on this device; None: where they were when they were kept."""
         file = self.files[key[:-1]]
         stored = file.records[key[-1]]
         contents = self._read(file, stored)
         return {
-            name: part.filled(content).to(part.device)
+            name: part.filled(content).to(device or part.device)
             for (name, part), content in zip(stored.parts.items(), contents, strict=True)
         }
 

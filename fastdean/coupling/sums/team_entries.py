@@ -8,7 +8,7 @@ have counts once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,19 +28,19 @@ _APART = 1e-2
 
 
 def team_entry(
-    accumulator: Accumulator, target: Target, ranks: Ranks, top: Top | None
+    accumulator: Accumulator, target: Target, weight: Tensor, ranks: Ranks, top: Top | None
 ) -> ScoreEntry:
     """The entry of a target, or of a part of its experts, over all examples; the same on each rank.
 
     Args:
         accumulator: this rank's sums over its share of the examples; not used afterwards.
+        weight: of the target, a DTensor where it is split.
         top: None: all entries are wanted.
     Raises:
         ValueError: an importance is NaN or infinite.
         RuntimeError: a weight that all ranks of a team have got other sums on each.
     """
-    block = target.block
-    assert block is not None  # Of all targets in teams.
+    block = OwnBlock.of(weight)
     if target.part is not None:
         block = block.part(*target.part)
     tensors = accumulator.tensors()
@@ -56,7 +56,7 @@ def team_entry(
         ranks.spread_shards_(tensors)
         axis = None if of_weights else target.unit_axis
         sums, *signed = (_joined(tensor, block, ranks, axis) for tensor in tensors)
-        parameter = whole(target.weight)
+        parameter = whole(weight)
         if target.part is not None:
             parameter = parameter[target.experts]
         entry = ScoreEntry.of(
@@ -67,9 +67,11 @@ def team_entry(
     return replace(entry, routed=routed)
 
 
-def in_blocks(targets: Sequence[Target]) -> list[Target]:
+def in_blocks(targets: Sequence[Target], block_of: Callable[[Target], OwnBlock]) -> list[Target]:
     """The targets of a model that tensor parallel splits, with what this rank has of each weight.
 
+    Args:
+        block_of: finds that.
     Raises:
         ValueError: one is no matrix of a module whose hooks see its rows, or this rank has nothing
             of it.
@@ -81,7 +83,7 @@ def in_blocks(targets: Sequence[Target]) -> list[Target]:
                 f"target_modules must match matrices of Linear layers or experts in a model that "
                 f"tensor parallel splits, got {target.parameter}; load the model in one process"
             )
-        block = OwnBlock.of(target.weight)
+        block = block_of(target)
         if not block.tensor.numel():
             raise ValueError(
                 f"model must be split over ranks that all have a part of each weight, got one with "

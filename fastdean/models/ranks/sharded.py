@@ -27,9 +27,17 @@ from fastdean.models.layers.first_layers import (
 )
 from fastdean.models.model_state import undone
 from fastdean.models.ranks.distributed import Ranks
-from fastdean.models.ranks.shards import is_cut_twice, is_sharded, shard_fault, split_fault, whole
+from fastdean.models.ranks.shards import (
+    OwnBlock,
+    is_sharded,
+    shard_fault,
+    split_alone,
+    split_fault,
+    split_shard_fault,
+    whole,
+)
 
-_REMEDY = "load it in one process, or shard it in one of these ways alone"
+_REMEDY = "load it in one process, or shard it in one of these ways"
 
 
 def units_of(model: nn.Module) -> dict[str, Any]:
@@ -47,8 +55,8 @@ def resharded(model: nn.Module) -> bool:
     A unit may keep its weights after a forward pass. The next one gathers them again.
 
     Raises:
-        ValueError: weights are sharded in another way than by `fully_shard` over all ranks, or by
-            tensor parallel.
+        ValueError: weights are sharded in another way than by `fully_shard` over all ranks, by
+            tensor parallel, or by both over a mesh of all ranks.
     """
     loaded = sys.modules.keys() & {"torch.distributed.tensor", "torch.distributed.fsdp"}
     if not loaded or not isinstance(model, nn.Module):
@@ -57,10 +65,10 @@ def resharded(model: nn.Module) -> bool:
     if units:
         # FSDP shards every unit for it, those too that `reshard` lets be where a pass broke off.
         model.state_dict()
-        for name, parameter in model.named_parameters():
-            if is_sharded(parameter) and is_cut_twice(parameter):
-                raise _not_ours(name, "sharded by fully_shard on top of tensor parallel")
     size = Ranks.of_group().size
+    managed = _managed(model)
+    # Ranks over which tensor parallel splits each weight that it splits.
+    team = max((_team_of(*each) for each in managed.values()), default=1)
     inside = {module for unit in units.values() for module in unit.modules()}
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
@@ -70,10 +78,47 @@ def resharded(model: nn.Module) -> bool:
                 continue
             if units and module not in inside:
                 raise _not_ours(name, "sharded without it (tensor parallel)")
-            fault = shard_fault(parameter, size) if units else split_fault(parameter)
+            of_name = (module, name.rpartition(".")[2])
+            if not units:
+                fault = split_fault(parameter)
+            elif of_name in managed and _is_split(*managed[of_name]):
+                fault = _split_shard_fault(parameter, size, *managed[of_name])
+            elif team > 1 and parameter.device_mesh.size() != size // team:
+                ranks = parameter.device_mesh.size()
+                fault = f"sharded over {ranks} ranks where each {team} hold a model together"
+            else:
+                fault = shard_fault(parameter, size // team)
             if fault is not None:
                 raise _not_ours(name, fault)
     return any(map(is_sharded, model.parameters()))
+
+
+def _managed(model: nn.Module) -> dict[tuple[nn.Module, str], tuple[Any, Any]]:
+    """(module, name in it) -> the parameter that FSDP2 shards there, and the mesh that it does so
+    over."""
+    found = {}
+    for each, _ in sharded_parameters(model):
+        of = each._module_info
+        modules = [of.module, *of.shared_modules]
+        names = [of.param_name, *of.shared_param_names]
+        for place in zip(modules, names, strict=True):
+            found[place] = each.sharded_param, each.mesh_info
+    return found
+
+
+def _is_split(parameter: Any, info: Any) -> bool:
+    """Whether tensor parallel splits a parameter that FSDP2 shards."""
+    return parameter.device_mesh.ndim > info.mesh.ndim
+
+
+def _team_of(parameter: Any, info: Any) -> int:
+    return parameter.device_mesh.size() // info.mesh.size() if _is_split(parameter, info) else 1
+
+
+def _split_shard_fault(parameter: Any, size: int, managed: Any, info: Any) -> str | None:
+    if getattr(info, "is_spmd_mesh", False):
+        return "sharded with dp_mesh_dims"
+    return split_shard_fault(parameter, size, info.mesh.ndim)
 
 
 @contextmanager
@@ -130,13 +175,16 @@ def behind(model: nn.Module, module: nn.Module, leaf: str) -> tuple[Tensor | Non
 
 def _not_ours(name: str, found: str) -> ValueError:
     return ValueError(
-        f"model must be whole on every rank, sharded over all of them by fully_shard (FSDP2), or "
-        f"split over a mesh of one dimension by tensor parallel, got {name} {found}; {_REMEDY}"
+        f"model must be whole on every rank, sharded over all of them by fully_shard (FSDP2), "
+        f"split over a mesh of one dimension by tensor parallel, or both, got {name} {found}; "
+        f"{_REMEDY}"
     )
 
 
 class ShardedModel:
     """The windows of a model that FSDP2 shards; all ranks enter every context together.
+
+    What tensor parallel splits stays so while it is gathered.
 
     Args:
         model: below its wrappers.
@@ -161,6 +209,7 @@ class ShardedModel:
             for leaf, parameter in module._parameters.items()
             if parameter is not None and is_sharded(parameter)
         }
+        self._dims = {place: info.mesh.ndim for place, (_, info) in _managed(model).items()}
         self.device = self._computes_on()
         try:
             stacks_of(model, layers)
@@ -205,14 +254,24 @@ class ShardedModel:
         """A weight as its ranks hold it, detached, in its own dtype; its window is open.
 
         Of a unit that computes in another dtype it is gathered once more. Else it lives as long as
-        the window.
+        the window. What tensor parallel splits is a DTensor.
         """
         weight = module._parameters[leaf]
         assert weight is not None
         sharded = self._originals.get((module, leaf))
         if sharded is None or sharded.dtype == weight.dtype:
             return weight.detach()
+        if is_sharded(weight):
+            return split_alone(sharded, weight, self._dims[module, leaf])
         return whole(sharded)
+
+    def block(self, module: nn.Module, leaf: str) -> OwnBlock:
+        """What this rank has of a weight when its window is open: shapes, on meta."""
+        parameter = module._parameters[leaf]
+        assert parameter is not None
+        if not is_sharded(parameter):
+            return OwnBlock.of(parameter)
+        return OwnBlock.split(parameter, self._dims[module, leaf])
 
     def _units_in(self, layer: nn.Module) -> list[Any]:
         inside = set(layer.modules())

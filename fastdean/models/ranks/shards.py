@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +33,64 @@ def whole(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor.detach()
     sharded: Any = tensor.detach()
+    if is_cut_twice(sharded):
+        return _put_together(sharded, sharded.device_mesh.ndim)
     with Ranks.of_group().together():
         return sharded.full_tensor()
+
+
+def split_alone(tensor: Tensor, like: Tensor, dims: int) -> Tensor:
+    """A parameter that FSDP2 shards, gathered in its own dtype, still split by tensor parallel.
+
+    All ranks call it.
+
+    Args:
+        like: placed as the result, a DTensor of the mesh of tensor parallel.
+        dims: how many dimensions of the parameter's mesh are FSDP2's; they come first.
+    """
+    from torch.distributed.tensor import DTensor
+
+    placed: Any = like
+    return DTensor.from_local(
+        _put_together(tensor.detach(), dims),
+        placed.device_mesh,
+        placed.placements,
+        run_check=False,
+        shape=placed.shape,
+        stride=placed.stride(),
+    )
+
+
+def _put_together(sharded: Any, dims: int) -> Tensor:
+    """What lies on the ranks along the first dimensions of the mesh of a sharded tensor.
+
+    DTensor's own way asks for blocks in the order of the mesh's dimensions, and FSDP2 cuts what
+    tensor parallel has cut before.
+    """
+    block, larger = OwnBlock.of(sharded), OwnBlock.split(sharded, dims)
+    found = block.tensor.new_zeros(larger.tensor.shape)
+    places = []
+    for axis, (own, of_larger) in enumerate(zip(block.along, larger.along, strict=True)):
+        if own is None:
+            own = torch.arange(found.shape[axis])
+        elif of_larger is not None:
+            own = torch.searchsorted(of_larger, own)
+        shape = [-1 if each == axis else 1 for each in range(found.dim())]
+        places.append(own.view(shape).to(found.device))
+    found[tuple(places)] = block.tensor
+    mesh = sharded.device_mesh
+    for i in range(dims):
+        if mesh.size(i) > 1 and not sharded.placements[i].is_replicate():
+            # Everything but one rank's number is zero: the sum of the bytes has that one's bits.
+            Ranks.of_group().sum_([found.view(torch.uint8)], mesh.get_group(i))
+    return found
 
 
 def shard_fault(tensor: Tensor, size: int) -> str | None:
     """Why a rank's block of a sharded tensor is not the plain one that `Shard` takes it for.
 
     Args:
-        size: of the process group, over all of which the tensor must be sharded or replicated.
+        size: of the ranks over all of which the tensor must be sharded or replicated.
     """
     from torch.distributed.tensor import Replicate, Shard
 
@@ -49,6 +99,26 @@ def shard_fault(tensor: Tensor, size: int) -> str | None:
     # A strided block has another class.
     cuts = [each for each in placements if type(each) is not Replicate]
     if len(cuts) > 1 or any(type(each) is not Shard for each in cuts):
+        return f"placed as {tuple(placements)}"
+    if mesh.size() != size:
+        return f"on {mesh.size()} of {size} ranks"
+    if type(sharded.to_local()) is not Tensor:
+        return f"of {type(sharded.to_local()).__name__}"
+    return None
+
+
+def split_shard_fault(tensor: Tensor, size: int, dims: int) -> str | None:
+    """Why a tensor that tensor parallel splits and FSDP2 shards is none whose blocks are known.
+
+    Args:
+        size: of the process group, over all of which the tensor must lie.
+        dims: how many dimensions of its mesh are FSDP2's; they come first.
+    """
+    sharded: Any = tensor
+    placements, mesh = sharded.placements, sharded.device_mesh
+    if mesh.ndim != dims + 1:
+        return f"split over {mesh.ndim - dims} dimensions of a mesh by tensor parallel"
+    if not all(each.is_replicate() or hasattr(each, "dim") for each in placements):
         return f"placed as {tuple(placements)}"
     if mesh.size() != size:
         return f"on {mesh.size()} of {size} ranks"
@@ -150,6 +220,18 @@ class OwnBlock:
         assert tensor.shape == block._own_sizes(), "or its entries lie elsewhere"
         return block
 
+    @classmethod
+    def split(cls, parameter: Tensor, dims: int) -> OwnBlock:
+        """What this rank has while FSDP2 has a sharded parameter gathered: shapes, on meta.
+
+        Args:
+            dims: how many dimensions of the parameter's mesh are FSDP2's; they come first.
+        """
+        along = tuple(_places_along(parameter, axis, dims) for axis in range(parameter.dim()))
+        of_shape = cls(parameter, parameter.shape, along)._own_sizes()
+        tensor = torch.empty(of_shape, dtype=parameter.dtype, device="meta")
+        return cls(tensor, parameter.shape, along)
+
     @property
     def is_whole(self) -> bool:
         """Whether nothing of the parameter lies elsewhere."""
@@ -232,22 +314,48 @@ class OwnBlock:
         return torch.Size(size if own is None else len(own) for size, own in sizes)
 
 
-def _places_along(parameter: Any, axis: int) -> Tensor | None:
-    """Which places of an axis a rank's block has: what comes of their numbers, cut likewise."""
-    from torch.distributed.tensor import Replicate, distribute_tensor
+def _places_along(parameter: Any, axis: int, first: int = 0) -> Tensor | None:
+    """Which places of an axis a rank's block has, by the dimensions of the mesh from `first` on.
 
-    mesh, dims = parameter.device_mesh, parameter.dim()
+    Where FSDP2 cuts an axis that tensor parallel has cut, its dimension comes before in the mesh
+    and cuts after. It says so by a strided shard of as many groups as there are cuts behind. Any
+    other strided shard is of matrices that are packed into one, of each of which a rank has a part.
+    """
+    mesh, placements = parameter.device_mesh, parameter.placements
     cuts = [
-        hasattr(each, "dim") and each.dim % dims == axis and mesh.size(i) > 1
-        for i, each in enumerate(parameter.placements)
+        i
+        for i, each in enumerate(placements)
+        if i >= first
+        and hasattr(each, "dim")
+        and each.dim % parameter.dim() == axis
+        and mesh.size(i) > 1
     ]
-    if not any(cuts):
+    if not cuts:
         return None
-    placements = [
-        each if cut else Replicate() for each, cut in zip(parameter.placements, cuts, strict=True)
-    ]
-    numbers = torch.arange(parameter.shape[axis], device=mesh.device_type)
-    numbers = numbers.view([-1 if each == axis else 1 for each in range(dims)])
-    # Without a source no rank sends anything.
-    own = distribute_tensor(numbers, mesh, placements, src_data_rank=None)
-    return in_memory(own.to_local()).flatten().cpu()
+    return own_places(
+        parameter.shape[axis],
+        [mesh.size(i) for i in cuts],
+        [getattr(placements[i], "split_factor", 1) for i in cuts],
+        [mesh.get_coordinate()[i] for i in cuts],
+    )
+
+
+def own_places(
+    number: int, parts: Sequence[int], groups: Sequence[int], coordinates: Sequence[int]
+) -> Tensor:
+    """int64, ascending: which of so many places a rank has; of each dimension of a mesh that cuts
+    them, how many parts it makes, its `split_factor`, and the rank's coordinate."""
+    behind = [math.prod(parts[i + 1 :]) for i in range(len(parts))]
+    later = [i for i, of in enumerate(groups) if 1 < of == behind[i]]
+    places = torch.arange(number)
+    for i in [*(i for i in range(len(parts)) if i not in later), *reversed(later)]:
+        packed = places.chunk(1 if i in later else groups[i])
+        found = [_chunk(each, parts[i], coordinates[i]) for each in packed]
+        places = torch.cat(found)
+    return places
+
+
+def _chunk(places: Tensor, parts: int, number: int) -> Tensor:
+    """The chunk of this number; the last may be smaller than the others, or missing."""
+    chunks = places.chunk(parts)
+    return chunks[number] if number < len(chunks) else places[:0]
