@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fastdean
-from fastdean.jobs.estimate.estimating import Estimate, OrderEstimate
+from fastdean.jobs.estimate.found import Estimate, OrderEstimate
 
 MARKER = "estimates"
 # Folder of the configuration -> what the table calls it.

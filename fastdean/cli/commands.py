@@ -17,7 +17,7 @@ from fastdean.cli.options import Json, Overwrite, Preview, Quiet, out_option
 from fastdean.cli.running import command, command_line, is_first_rank, process_group, tell
 from fastdean.jobs import options
 from fastdean.jobs.coupling.job import Job, ScoreJob
-from fastdean.jobs.estimate.estimating import EstimateJob
+from fastdean.jobs.estimate.job import EstimateJob
 from fastdean.jobs.options import Help
 from fastdean.wording.printable import one_line, printable
 

@@ -21,7 +21,7 @@ import fastdean
 from fastdean import cli
 from fastdean.coupling.layers.needed_memory import ModelMemory, Rows
 from fastdean.data import Example
-from fastdean.jobs.estimate.estimating import size_in_bytes
+from fastdean.jobs.estimate.job import size_in_bytes
 
 # V, H, units, L; four heads of 8, keys and values of two.
 V, H, U, L, K = 96, 32, 64, 2, 16
