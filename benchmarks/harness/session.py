@@ -120,6 +120,27 @@ class Session:
         say(f"  {contender:<24} {_said(row)}")
         return row
 
+    def append_turns(
+        self,
+        op: str,
+        case: str,
+        contender: str,
+        samples: Sequence[Sample],
+        setup: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+    ) -> Record:
+        """Write down what a contender's turns on the "tokens" of the setup took.
+
+        `metrics`: what is known besides, maybe the "floor_s".
+        """
+        seconds = seconds_of(samples)
+        found = {"peak_bytes": most([sample.peak_bytes for sample in samples]), **metrics}
+        found["tokens_per_s"] = setup["tokens"] / seconds["median_s"]
+        if "floor_s" in found:
+            found["share_of_floor"] = found["floor_s"] / seconds["median_s"]
+        setup = {**setup, "repeats": len(samples)}
+        return self.append(op, case, contender, setup=setup, seconds=seconds, metrics=found)
+
 
 def _said(row: Record) -> str:
     if row.problem is not None:

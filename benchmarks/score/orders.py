@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,17 +20,21 @@ from torch import nn
 
 from benchmarks.harness import command, gate, tables
 from benchmarks.harness.cases import Case
-from benchmarks.harness.processes import finished
+from benchmarks.harness.clock import elapsed
+from benchmarks.harness.memory import Held
+from benchmarks.harness.processes import apart
 from benchmarks.harness.rates import copy_bandwidth, matrix_rate
-from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
+from benchmarks.harness.session import Sample, Session, take_turns
 from benchmarks.harness.store import Record
-from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.work import score_case
+from fastdean.coupling.scoring import score_sets
 from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import Example
+from fastdean.models.loading import stream_model
 
 _SETS, KEEP_TOP = 3, 1e-3
+_WARM_UP = 2
 
 
 class Way(NamedTuple):
@@ -120,34 +123,55 @@ def write(folder: Path, model: nn.Module, sets: Mapping[str, Sequence[Example]])
         name: [[each.input_ids.tolist(), each.labels.tolist()] for each in examples]
         for name, examples in sets.items()
     }
-    _sets_in(folder).write_text(json.dumps(pairs), encoding="utf-8")
-    model.save_pretrained(_checkpoint_in(folder))
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    return folder / "checkpoint"
-
-
-def _sets_in(folder: Path) -> Path:
-    return folder / "sets.json"
+    (folder / "sets.json").write_text(json.dumps(pairs), encoding="utf-8")
+    model.save_pretrained(folder / "checkpoint")
 
 
 def turn(folder: Path, way: Way, device: str, targets: str = "mlp") -> Sample:
     """One scoring of what lies in the folder, in a process of its own."""
-    asked = {
-        "checkpoint": str(_checkpoint_in(folder)),
-        "sets": str(_sets_in(folder)),
-        "device": device,
-        "streamed": way.streamed,
-        "options": {
-            "order": way.order,
-            "states": str(folder / "states") if way.files else "device",
-            "keep_top": KEEP_TOP,
-            "target_modules": targets,
-        },
+    options = {
+        "order": way.order,
+        "states": str(folder / "states") if way.files else "device",
+        "keep_top": KEEP_TOP,
+        "target_modules": targets,
     }
-    once = [sys.executable, "-m", "benchmarks.score.order_once", json.dumps(asked)]
-    return Sample(**json.loads(finished(once).splitlines()[-1]))
+    return Sample(**apart(scored, str(folder), way.streamed, device, options))
+
+
+def scored(folder: str, streamed: bool, device_name: str, options: dict[str, Any]) -> dict:
+    """In a process of its own: the fields of a `Sample` of `score_sets`, with these options.
+
+    Nothing is timed but the call of it. Its peak memory is above the loaded model; of a streamed
+    one above what was held before the checkpoint was opened.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device, checkpoint = torch.device(device_name), str(Path(folder) / "checkpoint")
+    sets = {
+        name: [Example(*map(torch.tensor, example)) for example in each]
+        for name, each in json.loads((Path(folder) / "sets.json").read_text("utf-8")).items()
+    }
+
+    def opened() -> Any:
+        """In the dtype of the checkpoint."""
+        if streamed:
+            return stream_model(checkpoint, device=str(device))
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+
+    def run(chosen: Mapping[str, Sequence[Example]]) -> None:
+        score_sets(model, chosen, **options, progress=False)
+
+    model = opened()
+    # What is asked of a model once, and what torch loads on first use.
+    first = next(iter(sets))
+    run({first: sets[first][:_WARM_UP]})
+    if streamed:
+        model = None
+    held = Held(device)
+    if streamed:
+        model = opened()
+    seconds = elapsed(lambda: run(sets), device)
+    return {"seconds": seconds, "peak_bytes": held.added_bytes()}
 
 
 def _record(
@@ -159,48 +183,35 @@ def _record(
     rates: dict[str, float],
 ) -> Record:
     """The floor is the way's own; by layers every weight of a layer is read twice."""
-    case, seconds = written.case, seconds_of(samples)
-    tokens, operations, read = case.settings["tokens"], case.operations, case.bytes
+    case, operations, read = written.case, written.case.operations, written.case.bytes
+    tokens = case.settings["tokens"]
     if WAYS[name].order == "layers":
         operations += 2 * written.again * tokens
         read += torch.float32.itemsize * written.again
     floor_s = max(operations / rates["matrix_rate"], read / rates["copy_bandwidth"])
-    metrics = {
-        "peak_bytes": most([sample.peak_bytes for sample in samples]),
-        "tokens_per_s": tokens / seconds["median_s"],
-        "operations": operations,
-        "bytes": read,
-        **rates,
-        "floor_s": floor_s,
-        "share_of_floor": floor_s / seconds["median_s"],
+    ran = {"tokens": tokens, "weight_bytes": written.weight_bytes}
+    metrics = {"operations": operations, "bytes": read, **rates, "floor_s": floor_s}
+    return session.append_turns(case.op, case.name, name, samples, setup | ran, metrics)
+
+
+def _columns(rows: Sequence[Record]) -> tables.Columns:
+    batches, layers = ({r.contender: r for r in rows}[name] for name in (BATCHES, LAYERS))
+
+    def of_batches_memory(row: Record) -> str:
+        peak = batches["peak_bytes"]
+        if row.contender == STREAMED and peak is not None:
+            peak += row["weight_bytes"]
+        return tables.share(row["peak_bytes"], peak)
+
+    return {
+        "order": "{contender}",
+        "seconds (p20 to p80)": tables.SPREAD,
+        "of batches' time": lambda row: tables.share(row["median_s"], batches["median_s"]),
+        "of layers' time": lambda row: tables.share(row["median_s"], layers["median_s"]),
+        **tables.PEAK,
+        "of batches' memory": of_batches_memory,
+        "own floor / time": "{share_of_floor:.0%}",
     }
-    ran = {"repeats": len(samples), "tokens": tokens, "weight_bytes": written.weight_bytes}
-    parts = {"setup": setup | ran, "seconds": seconds, "metrics": metrics}
-    return session.append(case.op, case.name, name, **parts)
-
-
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    of = {row.contender: row for row in rows}
-    header = ["order", "seconds (p20 to p80)", "of batches' time", "of layers' time"]
-    lines = [
-        [
-            row.contender,
-            tables.spread(row),
-            *(_share(row["median_s"], of[name]["median_s"]) for name in (BATCHES, LAYERS)),
-            *tables.memory_and_floor(row),
-        ]
-        for row in rows
-    ]
-    for row, line in zip(rows, lines, strict=True):
-        batches, model = of[BATCHES]["peak_bytes"], row["weight_bytes"]
-        if row.contender == STREAMED and batches is not None:
-            batches += model
-        line.insert(-1, _share(row["peak_bytes"], batches))
-    return [*header, "peak memory", "of batches' memory", "own floor / time"], lines
-
-
-def _share(part: float | None, whole: float | None) -> str:
-    return tables.NOT_MEASURED if part is None or not whole else f"{part / whole:.2f}x"
 
 
 def _notes(rows: Sequence[Record]) -> list[str]:
@@ -216,4 +227,4 @@ def _notes(rows: Sequence[Record]) -> list[str]:
 
 
 _KEYS = ("device", "case", "examples")
-TABLE = Table("python -m benchmarks orders", _KEYS, ("device", "case", "date"), _lines, _notes)
+TABLE = tables.Table("python -m benchmarks orders", _columns, _notes, _KEYS, tables.RUNS)

@@ -169,7 +169,11 @@ def as_markdown(rows: Sequence[Record]) -> str:
     family, judged = tests_of(columns)
     arms = (BASE, *ARMS)
     shown = [
-        [column.title(name), *(_mean(column, arm) for arm in arms), _paper(settings, name)]
+        [
+            column.title(name),
+            *(_mean(column, arm) for arm in arms),
+            FIGURES.get((settings["method"], name), ""),
+        ]
         for name, column in columns.items()
     ]
     tested = [
@@ -182,15 +186,14 @@ def as_markdown(rows: Sequence[Record]) -> str:
         ]
         for (name, other), found in judged.items()
     ]
+    against = ["column", "against", "difference", "p, paired t", "p, sign flips", "verdict"]
     parts = [
         f"# {rows[-1].case}",
         _summary(judged),
         _table(["column", *(NAMES[arm] for arm in arms), "the paper"], shown),
         "Means over seeds (their number). Before training only heads depend on the seed.",
         "## Gender words against the other arms, seed by seed",
-        _table(
-            ["column", "against", "difference", "p, paired t", "p, sign flips", "verdict"], tested
-        ),
+        _table(against, tested),
         f"{family.tests} tests are one family: p-values are Holm's, intervals simultaneous "
         "(Bonferroni, Student's t). Where a column has a neutral value, the difference is that of "
         "the distances to it. A verdict takes both the interval and sign flips at p <= 0.05, and "
@@ -250,16 +253,11 @@ def _mean(column: Column, arm: str) -> str:
     return f"{fmean(found):.4g} ({len(found)})"
 
 
-def _paper(settings: Mapping[str, Any], name: str) -> str:
-    return FIGURES.get((settings["method"], name), "")
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(tables.markdown(header, lines))
 
 
 def _interval(found: Mapping[str, Any]) -> str:
     if found["low"] is None:
         return f"{found['mean']:+.4g}"
     return f"{found['mean']:+.4g} [{found['low']:+.4g}, {found['high']:+.4g}]"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

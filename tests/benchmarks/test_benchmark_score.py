@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -20,11 +18,9 @@ from benchmarks.score import (
     agreement,
     growth,
     mixture,
-    order_once,
     orders,
     run,
     streamed,
-    streamed_once,
     subject,
     sweep,
     work,
@@ -362,22 +358,18 @@ def test_every_kernel_of_ours_has_a_group():
 # Orders.
 
 
-def run_here(module, asked):
-    """A process would take longer to import torch than to score."""
-
-    def here(command):
-        asked.append(json.loads(command[-1]))
-        said = io.StringIO()
-        with redirect_stdout(said):
-            module.main(command[-1])
-        return said.getvalue()
-
-    return here
+@pytest.fixture
+def asked(monkeypatch):
+    """What processes were asked for; a new one would take longer to import torch than to score."""
+    seen = []
+    for module in (orders, streamed):
+        monkeypatch.setattr(
+            module, "apart", lambda function, *given: seen.append(given) or function(*given)
+        )
+    return seen
 
 
-def test_a_streamed_checkpoint_is_recorded_with_its_memory(benchmark, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(streamed, "finished", run_here(streamed_once, asked))
+def test_a_streamed_checkpoint_is_recorded_with_its_memory(benchmark, tmp_path, asked):
     chosen = ("streamed", "--shape", "toy", "--examples", "2", "--keep-top", "0.01")
     # A folder that is not there yet is made.
     folder = tmp_path / "no" / "disk"
@@ -392,9 +384,7 @@ def test_a_streamed_checkpoint_is_recorded_with_its_memory(benchmark, tmp_path, 
     assert not list(folder.iterdir())
 
 
-def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(orders, "finished", run_here(order_once, asked))
+def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, asked):
     chosen = ("orders", "--random-model", "toy", "--tokens", "12", "--examples", "2")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -402,10 +392,10 @@ def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeyp
     rows = read(tmp_path, "orders")
     names = ["batches", "layers", "layers, files", "layers, streamed"]
     assert contenders(rows) == names
-    assert [(each["options"]["order"], each["streamed"]) for each in asked] == [
-        ("batches", False), ("layers", False), ("layers", False), ("layers", True),
+    assert [(o["order"], streamed, o["states"] == "device") for _, streamed, _, o in asked] == [
+        ("batches", False, True), ("layers", False, True), ("layers", False, False),
+        ("layers", True, False),
     ]  # fmt: skip
-    assert [each["options"]["states"] == "device" for each in asked] == [True, True, False, False]
     batches, *layers = rows
     assert all(row["tokens"] == 3 * 2 * 12 and row["median_s"] > 0 for row in rows)
     # A forward more through the matrices of both layers.
@@ -416,9 +406,7 @@ def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeyp
     assert not list(scratch.iterdir())
 
 
-def test_growth_varies_one_thing_at_a_time(benchmark, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(orders, "finished", run_here(order_once, asked))
+def test_growth_varies_one_thing_at_a_time(benchmark, tmp_path, monkeypatch, asked):
     monkeypatch.setattr(growth, "_VARIED_TOY", {"layers": (3,), "examples": (3,), "hidden": (64,)})
     scratch = tmp_path / "scratch"
     scratch.mkdir()
