@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -161,14 +162,11 @@ def run(session: Session) -> int:
             # The first round is not counted: many disks are slow where they were never written.
             taken = list(take_turns(turns, options.repeats, warm_up=1))
             setup["file_system"] = _file_system(folder)
-        rows = []
+        rows, memory = [], ("process_peak_bytes", "peak_bytes")
         for name, samples, _ in taken:
-            memory = ("process_peak_bytes", "peak_bytes")
-            parts = {
-                "setup": setup | {"how": ways[name][0], "repeats": len(samples)},
-                "seconds": seconds_of(samples),
-                "metrics": {key: most([getattr(s, key) for s in samples]) for key in memory},
-            }
+            how = {"how": ways[name][0], "repeats": len(samples)}
+            peaks = {key: most([getattr(s, key) for s in samples]) for key in memory}
+            parts = {"setup": setup | how, "seconds": seconds_of(samples), "metrics": peaks}
             rows.append(session.append("patch", each.name, name, **parts))
         print(tables.rendered(TABLE, rows))
     return 0
@@ -229,10 +227,9 @@ def _flush(folder: Path) -> None:
 
 def _file_system(folder: str) -> str | None:
     """Its type, as `df` names it."""
-    try:
+    with suppress(OSError, RuntimeError):
         return finished(["df", "--output=fstype", folder]).split()[-1]
-    except (OSError, RuntimeError):
-        return None
+    return None
 
 
 def _columns(rows: Sequence[Record]) -> tables.Columns:

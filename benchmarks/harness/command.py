@@ -116,17 +116,21 @@ def _gated(
 
 def _table(options: argparse.Namespace, table: Table) -> int:
     text = rendered(table, store.shown(options.results, options.op, table.command))
-    if options.into is None:
+    show(text, options.op, options.into)
+    return 0
+
+
+def show(text: str, op: str, page: Path | None) -> None:
+    """Print a table, or put it into a page."""
+    if page is None:
         print(text)
-    elif not options.into.is_file():
+    elif not page.is_file():
         raise ValueError(
-            f"into must be a page with the table's two marker lines, got {str(options.into)!r}, "
-            "which is no file; name one with --into"
+            f"into must be a page with the table's two marker lines, got {str(page)!r}, which is "
+            "no file; name one with --into"
         )
     else:
-        page = replace_between_markers(options.into.read_text("utf-8"), options.op, text)
-        write_text_atomic(options.into, page)
-    return 0
+        write_text_atomic(page, replace_between_markers(page.read_text("utf-8"), op, text))
 
 
 def _plot(options: argparse.Namespace, picture: Picture) -> int:

@@ -148,7 +148,7 @@ def _said(row: Record) -> str:
     if not row.seconds:
         return "recorded"
     unit, scale = ("s", 1) if row["median_s"] >= 1 else ("ms", 1e3)
-    median, p20, p80 = (scale * row[name] for name in ("median_s", "p20_s", "p80_s"))
+    median, p20, p80 = (scale * each for each in row.spread)
     floor_s, timed_by = row.metrics.get("floor_s"), row.metrics.get("timed_by")
     floor = f", {row['median_s'] / floor_s:.2f}x the floor" if floor_s else ""
     by = f", by {timed_by}" if timed_by else ""

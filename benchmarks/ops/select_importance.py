@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from benchmarks.harness import lengths
 from benchmarks.harness.cases import Case, Contender, implementation
 from benchmarks.harness.models import DTYPES
 from benchmarks.ops.importance import routed
@@ -59,10 +58,9 @@ def case(
     experts: int, active: int, rows: int, columns: int, examples: int, ratio: float, dtype: str
 ) -> Case:
     """Of `experts` matrices, each token with `active` of them; of one, the op for one matrix."""
-    counts = torch.tensor([length.tokens for length in lengths.beavertails(examples)])
-    tokens, numel = int(counts.sum()), rows * columns
-    pairs, k = tokens * active, int(ratio * numel)
-    segments, numbers = routed(counts, experts, active)
+    tokens, segments, numbers = routed(examples, experts, active)
+    pairs, numel = tokens * active, rows * columns
+    k = int(ratio * numel)
 
     def make(generator: torch.Generator) -> SimpleNamespace:
         """x [N, C], g [pairs, R], weight [E, R, C]; rows and columns of different strength, as a

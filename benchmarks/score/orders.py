@@ -59,20 +59,6 @@ _AIMS = (
 )
 
 
-class Written(NamedTuple):
-    """What a model's checkpoint and its examples were written for.
-
-    Attributes:
-        case: the work that going batch by batch cannot avoid.
-        again: weights that the order of the layers takes through one forward pass more.
-        weight_bytes: of the loaded model.
-    """
-
-    case: Case
-    again: int
-    weight_bytes: int
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     subject.add_options(parser)
     said = "where checkpoint and states are written, and removed again: it chooses the disk"
@@ -91,29 +77,46 @@ def run(session: Session) -> int:
     done = session.earlier("orders", set(WAYS), setup, same_command=True)
     for _ in session.due([] if done else [setup], "comparisons"):
         with tempfile.TemporaryDirectory(prefix="fastdean-orders-", dir=options.folder) as folder:
-            written = _write(options, Path(folder))
+            case, again, weight_bytes = _write(options, Path(folder))
             given = {"device": options.device, "targets": options.targets}
             turns = {name: partial(turn, Path(folder), way, **given) for name, way in WAYS.items()}
             taken = list(take_turns(turns, options.repeats))
         rates = {
-            "matrix_rate": matrix_rate(written.case.products, torch.float32, session.device),
+            "matrix_rate": matrix_rate(case.products, torch.float32, session.device),
             "copy_bandwidth": copy_bandwidth(session.device),
         }
-        rows = [_record(session, setup, name, each, written, rates) for name, each, _ in taken]
+        setup |= {"tokens": case.settings["tokens"], "weight_bytes": weight_bytes}
+        rows = []
+        for name, samples, _ in taken:
+            # The floor is the way's own; by layers every weight of a layer is read twice.
+            twice = again if WAYS[name].order == "layers" else 0
+            metrics = {
+                "operations": case.operations + 2 * twice * setup["tokens"],
+                "bytes": case.bytes + torch.float32.itemsize * twice,
+                **rates,
+            }
+            by_operations = metrics["operations"] / rates["matrix_rate"]
+            metrics["floor_s"] = max(by_operations, metrics["bytes"] / rates["copy_bandwidth"])
+            rows.append(session.append_turns("orders", case.name, name, samples, setup, metrics))
         print(tables.rendered(TABLE, rows))
     return 0
 
 
-def _write(options: argparse.Namespace, folder: Path) -> Written:
-    """The model and three sets of examples, one row of each in turn."""
+def _write(options: argparse.Namespace, folder: Path) -> tuple[Case, int, int]:
+    """The model and three sets of examples, one row of each in turn.
+
+    Returns:
+        The work that going batch by batch cannot avoid; the weights that the order of the layers
+        takes through one forward pass more; the bytes of all weights.
+    """
     model, name, examples_of = subject.load_subject(options, "fp32")
     examples = examples_of(_SETS * options.examples)
     write(folder, model, {str(i): examples[i::_SETS] for i in range(_SETS)})
     targets, name = options.targets, f"{name}, {options.targets}"
-    return Written(
+    return (
         score_case(model, examples, target_modules=targets, contenders=(), op="orders", name=name),
         sum(target.module.weight.numel() for target in find_targets(model, "all")),
-        sum(each.numel() * each.element_size() for each in model.parameters()),
+        sum(each.nbytes for each in model.parameters()),
     )
 
 
@@ -172,26 +175,6 @@ def scored(folder: str, streamed: bool, device_name: str, options: dict[str, Any
         model = opened()
     seconds = elapsed(lambda: run(sets), device)
     return {"seconds": seconds, "peak_bytes": held.added_bytes()}
-
-
-def _record(
-    session: Session,
-    setup: dict[str, Any],
-    name: str,
-    samples: Sequence[Sample],
-    written: Written,
-    rates: dict[str, float],
-) -> Record:
-    """The floor is the way's own; by layers every weight of a layer is read twice."""
-    case, operations, read = written.case, written.case.operations, written.case.bytes
-    tokens = case.settings["tokens"]
-    if WAYS[name].order == "layers":
-        operations += 2 * written.again * tokens
-        read += torch.float32.itemsize * written.again
-    floor_s = max(operations / rates["matrix_rate"], read / rates["copy_bandwidth"])
-    ran = {"tokens": tokens, "weight_bytes": written.weight_bytes}
-    metrics = {"operations": operations, "bytes": read, **rates, "floor_s": floor_s}
-    return session.append_turns(case.op, case.name, name, samples, setup | ran, metrics)
 
 
 def _columns(rows: Sequence[Record]) -> tables.Columns:

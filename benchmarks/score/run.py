@@ -67,10 +67,9 @@ def run(session: Session) -> int:
     # Ours always, since the others are compared with it.
     wanted = {*(options.impl or NAMES), OURS} - (set() if options.vmap else {"vmap"})
     # fp32 first: casting down keeps what casting up cannot bring back.
+    again = {"without_problem": OURS, "same_command": True}
     for dtype in (each for each in models.DTYPES if each in (options.dtype or models.DTYPES)):
-        earlier = session.earlier(
-            "score", wanted, {"dtype": dtype}, without_problem=OURS, same_command=True
-        )
+        earlier = session.earlier("score", wanted, {"dtype": dtype}, **again)
         due += [] if earlier else [dtype]
         for row in (row for row in earlier if row.problem is not None):
             session.failed |= row.problem["failed"]
@@ -251,10 +250,8 @@ def picture(rows: Sequence[Record]) -> list[list[Panel]]:
     """A panel for each device, case and dtype."""
     panels = []
     for group in store.grouped(store.latest(rows, _KIND), _KIND):
-        bars = {}
-        for row in group:
-            label = row.contender + ("\nextrapolated" if row["extrapolated"] else "")
-            bars[label] = tuple(row[name] for name in ("median_s", "p20_s", "p80_s"))
+        notes = {row.contender: "\nextrapolated" if row["extrapolated"] else "" for row in group}
+        bars = {row.contender + notes[row.contender]: row.spread for row in group}
         title = "\n".join(group[0][key] for key in _KIND)
         panels.append(Panel(title, "", "seconds", bars=bars, floor=group[0]["floor_s"]))
     return [panels]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,6 @@ class _Study:
         }
         rows = self._data[TRAINING]
         self._trained, self._held_out = split_rows(rows, most=_MOST_HELD_OUT)
-        self._subject: Subject | None = None
         self.settings = self._settings()
 
     def estimate(self) -> list[str]:
@@ -174,7 +174,7 @@ class _Study:
 
     def append(self, arm: Arm, due: Sequence[str]) -> None:
         """Train, and take what is due; the checkpoint goes when all of it is recorded."""
-        subject, settings = self._loaded(), self.settings
+        subject, settings = self._subject, self.settings
         say(f"{arm.name}, seed {arm.seed}")
         classes = None
         if arm.name == outcome.BASE:
@@ -225,18 +225,17 @@ class _Study:
             write_text_atomic(out / f"{OP}.json", outcome.as_json(rows) + "\n")
             print(text)
 
-    def _loaded(self) -> Subject:
-        if self._subject is None:
-            options, heard = self._options, []
-            if options.masked:
-                leaves = _leaves([*self._data.values()])
-                heard = [leaf for leaf in leaves if isinstance(leaf, str)]
-            # Measured as text, whatever is trained on.
-            held_out = [{"text": text} for text in texts_of(self._held_out)]
-            subject = load_subject(options, self._trained, held_out, heard, shift=SHIFT.value)
-            require_method(subject.model, options.method)
-            self._subject = subject
-        return self._subject
+    @cached_property
+    def _subject(self) -> Subject:
+        options, heard = self._options, []
+        if options.masked:
+            leaves = _leaves([*self._data.values()])
+            heard = [leaf for leaf in leaves if isinstance(leaf, str)]
+        # Measured as text, whatever is trained on.
+        held_out = [{"text": text} for text in texts_of(self._held_out)]
+        subject = load_subject(options, self._trained, held_out, heard, shift=SHIFT.value)
+        require_method(subject.model, options.method)
+        return subject
 
     def _settings(self) -> dict[str, Any]:
         options = self._options
