@@ -12,7 +12,6 @@ import json
 import random
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -152,8 +151,7 @@ def run(session: Session) -> int:
     }
     done = session.earlier("patch", {_OURS}, setup, same_command=True)
     for each in session.due([] if done else [checkpoint], "checkpoints"):
-        with tempfile.TemporaryDirectory(prefix="fastdean-patch-", dir=options.folder) as folder:
-            scratch = Path(folder)
+        with session.scratch("patch") as scratch:
             say(f"writing {each.name}")
             mask = each.write(scratch / "source")
             mask.save_pretrained(scratch / "mask")
@@ -161,7 +159,7 @@ def run(session: Session) -> int:
             turns = {name: partial(_turn, copying, scratch) for name, (_, copying) in ways.items()}
             # The first round is not counted: many disks are slow where they were never written.
             taken = list(take_turns(turns, options.repeats, warm_up=1))
-            setup["file_system"] = _file_system(folder)
+            setup["file_system"] = _file_system(scratch)
         rows, memory = [], ("process_peak_bytes", "peak_bytes")
         for name, samples, _ in taken:
             how = {"how": ways[name][0], "repeats": len(samples)}
@@ -225,10 +223,10 @@ def _flush(folder: Path) -> None:
         atomic.flush(path)
 
 
-def _file_system(folder: str) -> str | None:
+def _file_system(folder: Path) -> str | None:
     """Its type, as `df` names it."""
     with suppress(OSError, RuntimeError):
-        return finished(["df", "--output=fstype", folder]).split()[-1]
+        return finished(["df", "--output=fstype", str(folder)]).split()[-1]
     return None
 
 

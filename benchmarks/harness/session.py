@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +68,14 @@ class Session:
     @property
     def toy(self) -> bool:
         return getattr(self.options, "toy", False)
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """A new folder in `--folder`, removed with all that is in it."""
+        with tempfile.TemporaryDirectory(
+            prefix=f"fastdean-{name}-", dir=self.options.folder
+        ) as folder:
+            yield Path(folder)
 
     def due(self, units: Sequence[Unit], name: str = "cases") -> Iterator[Unit]:
         """The units one after the other, until the time is used up; says what is left."""

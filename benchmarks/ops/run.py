@@ -18,14 +18,7 @@ from benchmarks.harness.clock import Spread
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
 from benchmarks.harness.session import Session, release
 from benchmarks.harness.store import say
-from benchmarks.ops import (
-    collapse,
-    importance,
-    mask,
-    select_importance,
-    selection,
-    unit_importance,
-)
+from benchmarks.ops import collapse, importance, mask, select_importance, selection, unit_importance
 from benchmarks.ops.measuring import check, input_sets, measured
 from fastdean.kernels import interpreted
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,15 +83,13 @@ def _setup(sizes: Sizes) -> dict[str, Any]:
 def _measure(session: Session, sizes: Sizes) -> None:
     options = session.options
     examples = lengths.random_examples(sizes.examples, _TOKENS, _VOCABULARY)
-    with tempfile.TemporaryDirectory(prefix="fastdean-growth-", dir=options.folder) as folder:
+    with session.scratch("growth") as folder:
         model = models.model_of(sizes.shape(), torch.float32, torch.device("cpu"))
         weight_bytes = sum(each.nbytes for each in model.parameters())
-        write(Path(folder), model, {"data": examples})
+        write(folder, model, {"data": examples})
         del model
         gc.collect()
-        turns = {
-            name: partial(turn, Path(folder), WAYS[name], device=options.device) for name in _WAYS
-        }
+        turns = {name: partial(turn, folder, WAYS[name], options.device) for name in _WAYS}
         ran = {"tokens": sizes.examples * _TOKENS, "weight_bytes": weight_bytes}
         case, setup = "random weights, mlp", _setup(sizes) | ran
         for name, samples, _ in take_turns(turns, options.repeats):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,10 +75,10 @@ def run(session: Session) -> int:
     setup = {"dtype": "fp32", "examples": options.examples, "keep_top": KEEP_TOP}
     done = session.earlier("orders", set(WAYS), setup, same_command=True)
     for _ in session.due([] if done else [setup], "comparisons"):
-        with tempfile.TemporaryDirectory(prefix="fastdean-orders-", dir=options.folder) as folder:
-            case, again, weight_bytes = _write(options, Path(folder))
-            given = {"device": options.device, "targets": options.targets}
-            turns = {name: partial(turn, Path(folder), way, **given) for name, way in WAYS.items()}
+        with session.scratch("orders") as folder:
+            case, again, weight_bytes = _write(options, folder)
+            given = (options.device, options.targets)
+            turns = {name: partial(turn, folder, way, *given) for name, way in WAYS.items()}
             taken = list(take_turns(turns, options.repeats))
         rates = {
             "matrix_rate": matrix_rate(case.products, torch.float32, session.device),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,9 +55,9 @@ def run(session: Session) -> int:
     setup = {"shape": options.shape, "examples": options.examples, "keep_top": options.keep_top}
     done = session.earlier("streamed", {"streamed"}, setup, same_command=True)
     for _ in session.due([] if done else [setup], "models"):
-        with tempfile.TemporaryDirectory(prefix="fastdean-streamed-", dir=options.folder) as folder:
-            size = _write(options.shape, Path(folder))
-            found = apart(scored, folder, *setup.values())
+        with session.scratch("streamed") as folder:
+            size = _write(options.shape, folder)
+            found = apart(scored, str(folder), *setup.values())
         ran = {"checkpoint_bytes": size, "tokens": found["tokens"]}
         metrics = {
             name: found[name] for name in ("peak_bytes", "peak_anonymous_bytes", "bytes_read")

@@ -16,15 +16,11 @@ from fastdean.data.sources import load_rows, load_table
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.texts import embedded_neutral_words
 from fastdean.evaluation import bias, glue
-from fastdean.evaluation.bias.bbq import bbq_rows
-from fastdean.evaluation.bias.bec_pro import rows_of as bec_pro_rows
-from fastdean.evaluation.bias.crows_pairs import crows_pairs_rows
 from fastdean.evaluation.bias.rows import benchmark_rows, require_columns
 from fastdean.evaluation.bias.seat import SETS, seat_sets
-from fastdean.evaluation.bias.stereoset import stereoset_rows
 from fastdean.evaluation.bias.winobias import winobias_rows
 from fastdean.evaluation.classifier import fine_tuned_classifier
-from fastdean.jobs.bias import results_of
+from fastdean.jobs.bias import READERS, results_of
 
 TRAINING = "training"
 # Intervals over a measure's rows are not shown: those that count here are over seeds.
@@ -137,12 +133,11 @@ def _seat_tests(folder: Path) -> dict[str, Any]:
 
 
 _READERS = {
-    "stereoset": lambda source: _gender(stereoset_rows(source), type="intrasentence"),
-    "crows_pairs": lambda source: _gender(crows_pairs_rows(source)),
-    "winobias": winobias_rows,
-    "bec_pro": lambda source: bec_pro_rows(source or None),
+    **READERS,
+    "stereoset": lambda source: _gender(READERS["stereoset"](source), type="intrasentence"),
+    "crows_pairs": lambda source: _gender(READERS["crows_pairs"](source)),
+    "bec_pro": lambda source: READERS["bec_pro"](source or None),
     "bias_nli": lambda source: benchmark_rows(source) if source else bias.nli_rows(),
-    "bbq": bbq_rows,
 }
 
 

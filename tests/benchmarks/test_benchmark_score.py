@@ -15,17 +15,7 @@ from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
 from benchmarks.__main__ import main
 from benchmarks.harness import environment, models, profile, store, tables
 from benchmarks.harness.profile import Launch
-from benchmarks.score import (
-    agreement,
-    growth,
-    mixture,
-    orders,
-    run,
-    streamed,
-    subject,
-    sweep,
-    work,
-)
+from benchmarks.score import agreement, growth, mixture, orders, run, streamed, subject, sweep, work
 from fastdean.data.examples import Example
 
 CPU = torch.device("cpu")
