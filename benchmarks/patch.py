@@ -123,7 +123,6 @@ def checkpoint_for(options: argparse.Namespace) -> Checkpoint:
 
 
 def require(options: argparse.Namespace) -> None:
-    """Asked before any test runs."""
     if options.device != "cpu":
         raise ValueError(
             f"device must be cpu, got {options.device}; files are copied by the host, leave it out"

@@ -54,7 +54,6 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
 
 
 def require(options: argparse.Namespace) -> None:
-    """Asked before any test runs."""
     if interpreted() and not options.toy:
         raise RuntimeError(
             "TRITON_INTERPRET must be unset where kernels are timed, got interpreted kernels, "

@@ -103,7 +103,7 @@ def run(session: Session) -> int:
         model = mixture_model(mixture, models.DTYPES[dtype], device)
         way = fastest_way(model, examples, device)
         case = mixture_case(model, mixture, examples, dtype, way)
-        rows = compare(session, case, examples, copy_bandwidth(device), options.repeats)
+        rows = compare(session, case, examples, copy_bandwidth(device))
         if rows:
             print(tables.rendered(TABLE, rows))
         # Before the next one is built.

@@ -100,7 +100,7 @@ def run(session: Session) -> int:
         )
         if "vmap" in wanted and chunk < 2:
             leave_out(session, case, "vmap", _NO_ROOM)
-        rows = compare(session, case, examples, bandwidth, options.repeats, options.profile)
+        rows = compare(session, case, examples, bandwidth, options.profile)
         if rows:
             print(tables.rendered(TABLE, rows))
     return int(session.failed)
@@ -118,7 +118,6 @@ def compare(
     case: Case,
     examples: Sequence[Example],
     bandwidth: float,
-    repeats: int,
     with_breakdown: bool = False,
 ) -> list[Record]:
     """The contenders in turn, on the same examples, and the floor of the machine.
@@ -157,7 +156,7 @@ def compare(
         f"{floors[0]['matrix_rate'] / 1e9:.1f} GFLOP/s; floor {floors[0]['floor_s']:.2f} s"
     )
     turns = {name: partial(turn, each) for name, each in able.items()}
-    for name, samples, problem in take_turns(turns, repeats, forgiving=device):
+    for name, samples, problem in take_turns(turns, session.options.repeats, forgiving=device):
         if problem is not None:
             leave_out(session, case, name, problem)
             continue

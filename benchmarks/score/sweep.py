@@ -134,7 +134,7 @@ def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float)
     x = point.batch or dict(varied)[point.sweep]
     setup = {"sweep": point.sweep, "x": x, "point": dict(vars(point))}
     case = replace(case, settings={**case.settings, **setup})
-    compare(session, case, examples, bandwidth, session.options.repeats)
+    compare(session, case, examples, bandwidth)
 
 
 def scored_modules(model: nn.Module, point: Point) -> str | list[str]:

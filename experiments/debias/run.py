@@ -68,7 +68,6 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
 
 
 def require(options: argparse.Namespace) -> None:
-    """Asked before any test runs. Raises ValueError for a name that is unknown."""
     names = [*MEASURES, TRAINING, "snli"]
     for entry in options.source:
         name, _, source = entry.partition("=")
@@ -233,7 +232,7 @@ class _Study:
             heard = [leaf for leaf in leaves if isinstance(leaf, str)]
         # Measured as text, whatever is trained on.
         held_out = [{"text": text} for text in texts_of(self._held_out)]
-        subject = load_subject(options, self._trained, held_out, heard, shift=SHIFT.value)
+        subject = load_subject(options, self._trained, held_out, heard, SHIFT.value)
         require_method(subject.model, options.method)
         return subject
 
