@@ -126,10 +126,7 @@ def _paired_t(differences: Sequence[float]) -> float | None:
 
 def seeds_for_a_verdict(tests: int) -> int:
     """The fewest whose sign flips can reach the level in a family of so many tests."""
-    seeds = FEWEST
-    while tests * 2.0 ** (1 - seeds) > LEVEL:
-        seeds += 1
-    return seeds
+    return max(FEWEST, 1 + math.ceil(math.log2(tests / LEVEL)))
 
 
 def case(settings: Mapping[str, Any]) -> str:
