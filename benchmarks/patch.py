@@ -12,10 +12,9 @@ import json
 import random
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +22,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.harness import command, tables
+from benchmarks import patch_once
+from benchmarks.harness import command, gate, tables
 from benchmarks.harness.clock import Spread
-from benchmarks.harness.command import above_zero, positive
-from benchmarks.harness.gate import test_files
-from benchmarks.harness.processes import finished
+from benchmarks.harness.processes import apart, finished
 from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
 from benchmarks.harness.store import Record, say
-from benchmarks.harness.tables import Cells, Table
 from fastdean import NeuronMask
 from fastdean.files import atomic
 from fastdean.masks import MaskEntry
@@ -54,8 +51,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(device="cpu")
     add = parser.add_argument
     said = "size of the checkpoint"
-    add("--gigabytes", type=above_zero, default=2.0, metavar="X", help=said)
-    add("--shards", type=positive, default=4, metavar="N", help="files it is made of")
+    add("--gigabytes", type=command.above_zero, default=2.0, metavar="X", help=said)
+    add("--shards", type=command.positive, default=4, metavar="N", help="files it is made of")
     said = "where it is written and copied, and all of that removed: it chooses the disk"
     command.scratch_folder(parser, said)
     command.repeats(parser, 5)
@@ -63,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    return test_files("checkpoint")
+    return gate.test_files("checkpoint")
 
 
 class Checkpoint(NamedTuple):
@@ -126,7 +123,6 @@ def checkpoint_for(options: argparse.Namespace) -> Checkpoint:
 
 
 def require(options: argparse.Namespace) -> None:
-    """Asked before any test runs."""
     if options.device != "cpu":
         raise ValueError(
             f"device must be cpu, got {options.device}; files are copied by the host, leave it out"
@@ -154,8 +150,7 @@ def run(session: Session) -> int:
     }
     done = session.earlier("patch", {_OURS}, setup, same_command=True)
     for each in session.due([] if done else [checkpoint], "checkpoints"):
-        with tempfile.TemporaryDirectory(prefix="fastdean-patch-", dir=options.folder) as folder:
-            scratch = Path(folder)
+        with session.scratch("patch") as scratch:
             say(f"writing {each.name}")
             mask = each.write(scratch / "source")
             mask.save_pretrained(scratch / "mask")
@@ -163,15 +158,12 @@ def run(session: Session) -> int:
             turns = {name: partial(_turn, copying, scratch) for name, (_, copying) in ways.items()}
             # The first round is not counted: many disks are slow where they were never written.
             taken = list(take_turns(turns, options.repeats, warm_up=1))
-            setup["file_system"] = _file_system(folder)
-        rows = []
+            setup["file_system"] = _file_system(scratch)
+        rows, memory = [], ("process_peak_bytes", "peak_bytes")
         for name, samples, _ in taken:
-            memory = ("process_peak_bytes", "peak_bytes")
-            parts = {
-                "setup": setup | {"how": ways[name][0], "repeats": len(samples)},
-                "seconds": seconds_of(samples),
-                "metrics": {key: most([getattr(s, key) for s in samples]) for key in memory},
-            }
+            how = {"how": ways[name][0], "repeats": len(samples)}
+            peaks = {key: most([getattr(s, key) for s in samples]) for key in memory}
+            parts = {"setup": setup | how, "seconds": seconds_of(samples), "metrics": peaks}
             rows.append(session.append("patch", each.name, name, **parts))
         print(tables.rendered(TABLE, rows))
     return 0
@@ -213,10 +205,9 @@ def _contenders(
         return Sample(time.perf_counter() - start)
 
     def patched(copy: Path) -> Sample:
-        once = [sys.executable, "-m", "benchmarks.patch_once"]
-        sample = Sample(**json.loads(finished([*once, str(source), str(mask_folder), str(copy)])))
+        found = apart(patch_once.patched, str(source), str(mask_folder), str(copy))
         verify_checkpoint(copy, mask)
-        return sample
+        return Sample(**found)
 
     shown = f"`{' '.join(cp)}`"
     return {
@@ -231,27 +222,26 @@ def _flush(folder: Path) -> None:
         atomic.flush(path)
 
 
-def _file_system(folder: str) -> str | None:
+def _file_system(folder: Path) -> str | None:
     """Its type, as `df` names it."""
-    try:
-        return finished(["df", "--output=fstype", folder]).split()[-1]
-    except (OSError, RuntimeError):
-        return None
+    with suppress(OSError, RuntimeError):
+        return finished(["df", "--output=fstype", str(folder)]).split()[-1]
+    return None
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+def _columns(rows: Sequence[Record]) -> tables.Columns:
+    def compared(plain: Record, row: Record) -> str:
+        times = Spread.of_ratios(row["rounds_s"], plain["rounds_s"])
+        return "1.00x" if row is plain else tables.ratio(times)
+
     plain = [row for row in rows if row.contender != _OURS]
-    header = ["", "seconds (p20 to p80)", *(f"vs {row['how']}" for row in plain)]
-    lines = []
-    for row in rows:
-        times = [Spread.of_ratios(row["rounds_s"], each["rounds_s"]) for each in plain]
-        ratios = [
-            "1.00x" if row is each else tables.ratio(time)
-            for each, time in zip(plain, times, strict=True)
-        ]
-        memory = [tables.megabytes(row[name]) for name in ("process_peak_bytes", "peak_bytes")]
-        lines.append([row["how"], tables.spread(row), *ratios, *memory])
-    return [*header, "peak memory", "of it during the call"], lines
+    return {
+        "": "{how}",
+        "seconds (p20 to p80)": tables.SPREAD,
+        **{f"vs {row['how']}": partial(compared, row) for row in plain},
+        "peak memory": tables.megabytes_of("process_peak_bytes"),
+        "of it during the call": tables.megabytes_of("peak_bytes"),
+    }
 
 
 def _notes(rows: Sequence[Record]) -> list[str]:
@@ -261,4 +251,4 @@ def _notes(rows: Sequence[Record]) -> list[str]:
 
 
 _KEYS = ("device", "case", "file_system")
-TABLE = Table("python -m benchmarks patch", _KEYS, _KEYS, _lines, _notes)
+TABLE = tables.Table("python -m benchmarks patch", _columns, _notes, _KEYS)

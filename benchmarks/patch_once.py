@@ -1,21 +1,20 @@
-"""One `patch_checkpoint` in a process of its own.
+"""One `patch_checkpoint`, for a process of its own that imports nothing else.
 
-`python -m benchmarks.patch_once SOURCE MASK OUT` prints the fields of a `Sample` as a JSON object.
 Seconds and `peak_bytes` are those of the call alone; `process_peak_bytes` also holds the
 interpreter, the imports and the mask.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
+from typing import Any
 
 import fastdean
 from benchmarks.harness import memory
 
 
-def main(source: str, mask_folder: str, out: str) -> None:
+def patched(source: str, mask_folder: str, out: str) -> dict[str, Any]:
+    """The fields of a `Sample`."""
     mask = fastdean.NeuronMask.from_pretrained(mask_folder)
     # Named here because the package imports the function's module on first use.
     patch = fastdean.patch_checkpoint
@@ -25,9 +24,4 @@ def main(source: str, mask_folder: str, out: str) -> None:
     seconds = time.perf_counter() - start
     peaks.append(memory.peak_bytes())
     peak = None if None in peaks else max(peaks)
-    found = {"seconds": seconds, "process_peak_bytes": peak, "peak_bytes": held.added_bytes()}
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return {"seconds": seconds, "process_peak_bytes": peak, "peak_bytes": held.added_bytes()}

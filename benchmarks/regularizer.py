@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import command, models, tables
+from benchmarks.harness import command, gate, models, tables
 from benchmarks.harness.clock import Spread, elapsed
-from benchmarks.harness.command import at_least_two, model_options, positive
-from benchmarks.harness.gate import test_files
 from benchmarks.harness.models import ENCODERS, display_name, random_encoder, random_model
 from benchmarks.harness.session import Sample, Session, seconds_of, take_turns
 from benchmarks.harness.store import Record, say
-from benchmarks.harness.tables import Cells, Table
 from fastdean.collapse import (
     CollapseClasses,
     CollapseRegularizer,
@@ -67,21 +64,21 @@ _SEED = 13
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    model_options(parser)
+    command.model_options(parser)
     add = parser.add_argument
     said = "causal: --model; masked: random weights in BERT-base's shape; default: both"
     add("--architecture", action="append", choices=ARCHITECTURES, help=said)
-    add("--tokens", type=at_least_two, default=256, metavar="N", help="tokens of a step")
-    add("--length", type=at_least_two, default=64, metavar="N", help="tokens of a sequence")
+    add("--tokens", type=command.at_least_two, default=256, metavar="N", help="tokens of a step")
+    add("--length", type=command.at_least_two, default=64, metavar="N", help="tokens of a sequence")
     said = "tokens that collapse_metrics reads"
-    add("--metrics-tokens", type=positive, default=4000, metavar="N", help=said)
+    add("--metrics-tokens", type=command.positive, default=4000, metavar="N", help=said)
     command.repeats(parser, 10)
     command.repeats(parser, 5, "--metrics-repeats")
     command.toy(parser)
 
 
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
-    return test_files("collapse_op", "collapse_regularizer", "collapse_measuring")
+    return gate.test_files("collapse_op", "collapse_regularizer", "collapse_measuring")
 
 
 @dataclass(frozen=True)
@@ -167,14 +164,14 @@ def _example(ids: Sequence[int]) -> Example:
 def run(session: Session) -> int:
     """Append one record per architecture, thing measured and contender."""
     options, due = session.options, []
-    for architecture in dict.fromkeys(options.architecture or ARCHITECTURES):
-        for what, names in CONTENDERS.items():
-            each = {"architecture": architecture, "measured": what}
-            if not session.earlier("regularizer", set(names), each, same_command=True):
-                due.append(each)
+    for each in itertools.product(dict.fromkeys(options.architecture or ARCHITECTURES), CONTENDERS):
+        setup = dict(zip(("architecture", "measured"), each, strict=True))
+        names = set(CONTENDERS[each[1]])
+        if not session.earlier("regularizer", names, setup, same_command=True):
+            due.append(setup)
     subject, loaded = None, ""
     for each in session.due(due, "measurements"):
-        architecture, what = each["architecture"], each["measured"]
+        architecture, what = each.values()
         if loaded != architecture:
             subject, loaded = load_subject(options, architecture), architecture
         say(f"{subject.name}, {what}")
@@ -186,14 +183,14 @@ def run(session: Session) -> int:
         features = subject.model.get_output_embeddings().weight.shape[1]
         size = {"classes": len(subject.classes), "features": features, "repeats": rounds}
         setup = {**each, "model": subject.name, **counts, **size}
-        floor, rows = seconds_of(taken[CONTENDERS[what][0]]), []
+        case, rows = f"{subject.name}, {case}", []
+        floor = seconds_of(taken[CONTENDERS[what][0]])
         for name, samples in taken.items():
             seconds = seconds_of(samples)
             ratio = Spread.of_ratios(seconds["rounds_s"], floor["rounds_s"])
             ratios = {f"ratio_{point}": value for point, value in vars(ratio).items()}
             parts = {"seconds": seconds, "metrics": {**ratios, "floor_s": floor["median_s"]}}
-            case_name = f"{subject.name}, {case}"
-            rows.append(session.append("regularizer", case_name, name, setup=setup, **parts))
+            rows.append(session.append("regularizer", case, name, setup=setup, **parts))
         print(tables.rendered(TABLE, rows))
     return 0
 
@@ -271,27 +268,25 @@ def metrics(subject: Subject, options: argparse.Namespace) -> Prepared:
     return f"{len(examples)} texts in {len(batches)} batches", counts, turns
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    measured, lines = rows[0]["measured"], []
-    for row in rows:
+def _columns(rows: Sequence[Record]) -> tables.Columns:
+    measured = rows[0]["measured"]
+
+    def compared(row: Record) -> str:
         times = Spread(row["ratio_median"], row["ratio_p20"], row["ratio_p80"])
         within = ", no difference beyond noise" if times.p20 <= 1 <= times.p80 else ""
         is_first = row.contender == CONTENDERS[measured][0]
-        ratio = "1.000x" if is_first else tables.ratio(times, 3) + within
-        name = _NAMES.get(row.contender, f"with it: {row.contender}")
-        lines.append([name, tables.spread(row, 3), ratio])
-    compared = "times the first, round by round (p20 to p80)"
-    return [measured, "seconds (p20 to p80)", compared], lines
+        return "1.000x" if is_first else tables.ratio(times, 3) + within
+
+    return {
+        measured: lambda row: _NAMES.get(row.contender, f"with it: {row.contender}"),
+        "seconds (p20 to p80)": tables.SPREAD.replace(".2f", ".3f"),
+        "times the first, round by round (p20 to p80)": compared,
+    }
 
 
-def _notes(rows: Sequence[Record]) -> list[str]:
-    row = rows[0]
-    made = (
-        f"{row.case}: {row['tokens']} tokens, {row['labelled']} of them of one of "
-        f"{row['classes']} classes, {row['features']} features; {row['repeats']} rounds"
-    )
-    return [f"{made}. {tables.provenance_line(row)}"]
-
-
+_NOTE = (
+    "{case}: {tokens} tokens, {labelled} of them of one of {classes} classes, {features} features; "
+    "{repeats} rounds."
+)
 _KEYS = ("device", "case", "architecture", "measured")
-TABLE = Table("python -m benchmarks regularizer", _KEYS, _KEYS, _lines, _notes)
+TABLE = tables.Table("python -m benchmarks regularizer", _columns, _NOTE, _KEYS)

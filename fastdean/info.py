@@ -45,7 +45,7 @@ def collect() -> dict[str, Any]:
         "fastdean": fastdean.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version_of(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "devices": ["cpu", *(f"cuda:{index}" for index in range(cuda_devices))],
         "torch_cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
@@ -77,7 +77,8 @@ def render(info: dict[str, Any]) -> str:
     return "\n\n".join(sections)
 
 
-def _version_of(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,20 +59,9 @@ def _section(kind: str, results: Mapping[str, Any]) -> str:
     for name in rows:
         result = results[name]
         left = ", ".join(result.get("left", {}))
-        cells = [name.partition("/")[2], result.get("class", ""), outcome(result), left]
-        lines.append(
-            "| "
-            + " | ".join([*cells, _escaped("; ".join(_said(result)).replace("refused: ", ""))])
-            + " |"
-        )
+        loop = [f"loop in {result['loop']}"] if "loop" in result else []
+        said = "; ".join([*loop, *remarks(result)]).replace("refused: ", "")
+        said = re.sub(r"([\\|*_<>\[\]`])", r"\\\1", said)
+        cells = [name.partition("/")[2], result.get("class", ""), outcome(result), left, said]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _said(result: Mapping[str, Any]) -> list[str]:
-    return [*(f"loop in {each}" for each in [result.get("loop")] if each), *remarks(result)]
-
-
-def _escaped(text: str) -> str:
-    for sign in "\\|*_<>[]`":
-        text = text.replace(sign, f"\\{sign}")
-    return text

@@ -26,7 +26,8 @@ from benchmarks.architectures.tiny import SPECIAL, tiny_model
 from fastdean.wording.log import logger
 
 LENGTHS = (3, 13, 9, 5)
-CASES = [(modules, order) for modules in ("mlp", "all") for order in ("batches", "layers")]
+ORDERS = ("batches", "layers")
+CASES = [(modules, order) for modules in ("mlp", "all") for order in ORDERS]
 _TOLERANCE = 1e-5
 # A model that fp32 computes worse than this tells nothing: another seed is tried.
 _SOUND = 1e-4
@@ -57,9 +58,9 @@ def outcome_of(name: str) -> dict[str, Any]:
             cases[f"{modules} {order}"] = _case(model, examples, plain, modules, order, result)
         if all(each.startswith("refused") for each in cases.values()):
             # Whether what neither group holds can be scored all the same.
-            for order in ("batches", "layers"):
+            for order in ORDERS:
                 cases[f"by name {order}"] = _case(model, examples, plain, ".*", order, result)
-        if not any(each == "unsound" for each in cases.values()):
+        if "unsound" not in cases.values():
             return result | {"cases": cases}
     return result | {"not built": "fp32 autograd is itself off from float64 with every seed tried"}
 
@@ -76,18 +77,17 @@ def _case(
     options: dict[str, Any] = {"target_modules": modules, "order": order, "progress": False}
     if plain.own_loss:
         options["loss_fn"] = lambda outputs, batch: _loss(outputs, batch["labels"], 0)
-    before = _state(model)
+    before, scores, said = _state(model), None, ""
     try:
         scores = fastdean.score(model, examples, **options)
     except Exception as error:
-        if _state(model) != before:
-            return "failed: the model was not left as it was"
-        if _is_ours(error):
-            # Its reason: what to do about it, with the names to choose from, is not held to.
-            return f"refused: {str(error).partition(';')[0]}"
-        return f"failed: {_one_line(error)}"
+        # Of a refusal its reason: what to do about it, with names to choose from, is not held to.
+        refusal = f"refused: {str(error).partition(';')[0]}"
+        said = refusal if _is_ours(error) else f"failed: {_one_line(error)}"
     if _state(model) != before:
         return "failed: the model was not left as it was"
+    if scores is None:
+        return said
     if modules == "all" and order == "batches":
         result["left"] = _left(scores.manifest["coverage"])
     worst, where = 0.0, ""
@@ -175,9 +175,10 @@ class _PlainLoop:
         return {n: sums[n] * weights[n].detach().abs() / number for n in weights}
 
     def _inputs(self, example: dict[str, Tensor]) -> dict[str, Any]:
-        takes_cache = "use_cache" in inspect.signature(self._model.forward).parameters
         inputs: dict[str, Any] = {k: v for k, v in example.items() if k != "labels"}
-        return inputs | ({"use_cache": False} if takes_cache else {})
+        if "use_cache" in inspect.signature(self._model.forward).parameters:
+            inputs["use_cache"] = False
+        return inputs
 
 
 def _loss(outputs: Any, labels: Tensor, shift: int) -> Tensor:
@@ -214,9 +215,7 @@ def _examples(model: nn.Module, kind: str, seed: int) -> list[dict[str, Tensor]]
 def _off(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference||; infinite where only one of them is zero."""
     off, size = (value.double() - reference.double()).norm(), reference.double().norm()
-    if not size:
-        return 0.0 if not off else float("inf")
-    return float(off / size)
+    return float(off / size) if size or off else 0.0
 
 
 def _state(model: nn.Module) -> Any:

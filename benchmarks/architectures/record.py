@@ -47,15 +47,13 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def read(path: Path = RECORD) -> dict[str, Any]:
+def read() -> dict[str, Any]:
     """transformers: its version; classes: name -> result."""
-    if not path.exists():
-        return {"transformers": None, "classes": {}}
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(RECORD.read_text(encoding="utf-8"))
 
 
-def add(name: str, result: Mapping[str, Any], version: str, path: Path = RECORD) -> None:
+def add(name: str, result: Mapping[str, Any], version: str) -> None:
     """Put a result in, in the order of names; what others have put in meanwhile stays."""
-    classes = {**read(path)["classes"], name: dict(result)}
+    classes = {**read()["classes"], name: dict(result)}
     found = {"transformers": version, "classes": dict(sorted(classes.items()))}
-    write_text_atomic(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_text_atomic(RECORD, json.dumps(found, indent=1, ensure_ascii=False) + "\n")

@@ -151,10 +151,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(listed: Listed, exceptions: Mapping[str, Any] | None = None) -> Any:
+def tiny_config(listed: Listed) -> Any:
     """The shrunk configuration of a listed class."""
-    if exceptions is None:
-        exceptions = EXCEPTIONS.get(listed.model_type, {})
+    exceptions = EXCEPTIONS.get(listed.model_type, {})
     try:
         config = listed.config_class()()
     except Exception:
@@ -171,19 +170,16 @@ def tiny_config(listed: Listed, exceptions: Mapping[str, Any] | None = None) -> 
 
 def tiny_model(listed: Listed, seed: int) -> nn.Module:
     """The model in fp32 and eval mode, every parameter random."""
+    model_class, config = listed.model_class(), tiny_config(listed)
+    if not isinstance(config, model_class.config_class):
+        # A class for text alone takes its part of a configuration of text and pictures.
+        config = config.get_text_config(decoder=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _of(listed.model_class(), tiny_config(listed)).float().eval()
+        model = model_class(config).float().eval()
         for parameter in model.parameters():
             _fill(parameter.data)
         return model
-
-
-def _of(model_class: Any, config: Any) -> nn.Module:
-    """The model; a class for text alone takes its part of a configuration of text and pictures."""
-    if not isinstance(config, model_class.config_class):
-        config = config.get_text_config(decoder=True)
-    return model_class(config)
 
 
 def _fill(value: torch.Tensor) -> None:
@@ -244,17 +240,13 @@ def _kept_layers(entries: Mapping[str, Any]) -> tuple[int, list[int]] | None:
     for i in range(number):
         first.setdefault(repr([each[i] for each in lists]), i)
     kept = sorted(first.values())[:_MOST_LAYERS]
-    for i in range(number):
-        if len(kept) < _FEWEST_LAYERS and i not in kept:
-            kept.append(i)
-    return number, sorted(kept)
+    others = [i for i in range(number) if i not in kept]
+    return number, sorted([*kept, *others[: max(0, _FEWEST_LAYERS - len(kept))]])
 
 
 def _mark(name: str, value: Any, number: int) -> Any:
-    for first, own in _FIRST_IDS.items():
-        if name.startswith(first):
-            return own
-    return value if not isinstance(value, int) else SPECIAL + number % (VOCAB - SPECIAL)
+    marked = value if not isinstance(value, int) else SPECIAL + number % (VOCAB - SPECIAL)
+    return next((own for first, own in _FIRST_IDS.items() if name.startswith(first)), marked)
 
 
 def _small(name: str, value: Any) -> Any:
@@ -266,16 +258,11 @@ def _small(name: str, value: Any) -> Any:
         return {key: _small_rope(key, each) for key, each in value.items()}
     if type(value) is not int:
         return _OPEN.get(name) if value is None else value
-    for pattern, limit in _LIMITS:
-        if pattern.search(name):
-            return min(value, limit)
-    return value
+    return min(value, next((limit for kind, limit in _LIMITS if kind.search(name)), value))
 
 
 def _small_rope(key: str, value: Any) -> Any:
-    # Sections of half a head's dimensions.
-    if key == "mrope_section":
-        return [2, 1, 1]
     if isinstance(value, dict):
         return {name: _small_rope(name, each) for name, each in value.items()}
-    return value
+    # Sections of half a head's dimensions.
+    return [2, 1, 1] if key == "mrope_section" else value

@@ -9,19 +9,17 @@ import argparse
 from pathlib import Path
 
 from benchmarks.estimates.tables import MARKER, tables
-from benchmarks.harness.tables import replace_between_markers
+from benchmarks.harness.command import show
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimates")
     parser.add_argument("--into", type=Path, help="a page with the marker of the tables")
     page = parser.parse_args().into
-    if page is None:
-        print(tables())
-    elif not page.is_file():
-        parser.error(f"--into must be a page with the marker, got {str(page)!r}, which is no file")
-    else:
-        page.write_text(replace_between_markers(page.read_text("utf-8"), MARKER, tables()), "utf-8")
+    try:
+        show(tables(), MARKER, page)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ Computed by `fastdean.estimate` from the configurations beside this file; nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import fastdean
+from benchmarks.harness.tables import markdown
 from fastdean.jobs.estimate.found import Estimate, OrderEstimate
 
 MARKER = "estimates"
@@ -35,28 +36,28 @@ ORDERS = ("batches", "layers", "layers, streamed", "layers, sharded")
 def tables() -> str:
     """Both, in Markdown, with the sentence above them."""
     found = {(name, gpus): _estimated(name, gpus) for name in SHAPES for gpus in GPUS}
-    whole = [_whole(SHAPES[name], found[name, 1]) for name in SHAPES]
-    of_a_rank = [_of_a_rank(SHAPES[name], each) for (name, _), each in found.items()]
+    whole = [list(_whole(SHAPES[name], found[name, 1])) for name in SHAPES]
+    of_a_rank = [list(_of_a_rank(SHAPES[name], each)) for (name, _), each in found.items()]
     return "\n".join(
         [
             "**Computed, not measured**: 3 sets of 128 examples of 76 tokens, MLPs, `keep_top` "
             "1e-3, bf16. Of the whole",
             "job:",
             "",
-            *_table(("shape", "weights", "sums, dense", "states", *_FLOP), whole),
+            *markdown(("shape", "weights", "sums, dense", "states", *_FLOP), whole),
             "",
             "Of each GPU the peak, bold where it fits into 80 GB, and what it receives from the "
             "others:",
             "",
-            *_table(("shape", "GPUs", *map(_named, ORDERS), *_RECEIVED), of_a_rank),
+            *markdown(("shape", "GPUs", *map(_named, ORDERS), *_RECEIVED), of_a_rank),
             "",
             "Where tensor parallel splits the model over ranks (of the mixture with whole experts "
             "on each), and what is",
             "added up in its layers:",
             "",
-            *_table(
+            *markdown(
                 ("shape", "GPUs", "of a model", *map(_named, ORDERS[:2]), *_RECEIVED_SPLIT),
-                [_of_a_split_rank(*each) for each in SPLIT],
+                [list(_of_a_split_rank(*each)) for each in SPLIT],
             ),
         ]
     )
@@ -114,8 +115,3 @@ def _named(order: str) -> str:
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
-
-
-def _table(header: Sequence[str], rows: Sequence[Iterator[str]]) -> list[str]:
-    lines = [list(header), ["---"] * len(header), *map(list, rows)]
-    return [f"| {' | '.join(cells)} |" for cells in lines]

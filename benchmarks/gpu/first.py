@@ -77,7 +77,7 @@ class Call:
         self._end = _STARTED + seconds - min(_MOST_MARGIN_S, _MARGIN * seconds)
         self._mark = f"{os.getpid()}-{time.time_ns()}"
         self._keeper = processes.keeper(self._mark)
-        self._names: list[str] = []
+        self._names = ["forms"]
         self._running: dict[str, Running] = {}
         self._facts: dict[str, Any] = {}
         self._recorded_forms: list[str] = []
@@ -85,7 +85,7 @@ class Call:
         self.outcomes: dict[str, Outcome] = {}
 
     def run(self, stages: Sequence[Stage]) -> None:
-        self._names = [part.name for stage in stages for part in stage]
+        self._names = [*(part.name for stage in stages for part in stage), "forms"]
         self._publish("started")
         for stage in stages:
             self._run_stage(stage)
@@ -254,7 +254,7 @@ class Call:
             f"{state}, {time.monotonic() - _STARTED:.0f} of {self._seconds:.0f} s used, "
             f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC",
             self._facts,
-            [*self._names, "forms"],
+            self._names,
             self.outcomes,
             {name: time.monotonic() - each.start for name, each in self._running.items()},
             aims.figures(rows, self._facts),
@@ -264,9 +264,7 @@ class Call:
         outcomes = {name: asdict(each) for name, each in (self._earlier | self.outcomes).items()}
         write_text_atomic(self.out / STATE, json.dumps(outcomes, indent=1))
         write_text_atomic(self.out / SUMMARY, text)
-        write_text_atomic(
-            self.out / LOG, _joined(self._log(name) for name in [*self._names, "forms"])
-        )
+        write_text_atomic(self.out / LOG, _joined(map(self._log, self._names)))
 
 
 def measurements(out: Path) -> list[store.Record]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.gpu.aims import Figure
 from benchmarks.gpu.outcomes import CUT, FAILED, REFUSAL, SKIPPED, Outcome
+from benchmarks.harness.tables import markdown
 
 _TITLES = {FAILED: "Failed", CUT: "Cut", REFUSAL: "Refused", SKIPPED: "Not started"}
 _MET = {True: "met", False: "NOT MET", None: "missing"}
@@ -32,21 +33,22 @@ def rendered(
     if rehearsal:
         lines += ["**A rehearsal on a CPU: nothing ran on a GPU, no figure is one of it.**", ""]
     lines += [state, "", ", ".join(f"{name} {value}" for name, value in facts.items()), ""]
-    lines += ["## Figures against their aims", "", "| aim | | figure |", "|---|---|---|"]
-    lines += [_row(each.aim, _MET[each.met], each.text) for each in figures]
+    met = [[each.aim, _MET[each.met], each.text] for each in figures]
+    lines += ["## Figures against their aims", "", *_table(["aim", "", "figure"], met)]
     sound = "passed its tests on a CPU, which proves nothing" if rehearsal else "passed all checks"
     lines += ["", "## Forms", "", *(f"- {name}: {lack or sound}" for name, lack in forms.items())]
-    lines += ["", "## Parts", "", "| part | | seconds | tests | |", "|---|---|---|---|---|"]
+    rows = []
     for name in parts:
         outcome = outcomes.get(name)
         if name in running:
-            lines.append(_row(name, "running", f"{running[name]:.0f}", "", ""))
+            rows.append([name, "running", f"{running[name]:.0f}", "", ""])
         elif outcome is None:
-            lines.append(_row(name, "not yet", "", "", ""))
+            rows.append([name, "not yet", "", "", ""])
         else:
             tests = ", ".join(f"{number} {kind}" for kind, number in sorted(outcome.tests.items()))
             seconds = f"{outcome.seconds:.0f}"
-            lines.append(_row(name, outcome.status, seconds, tests, outcome.reason))
+            rows.append([name, outcome.status, seconds, tests, outcome.reason])
+    lines += ["", "## Parts", "", *_table(["part", "", "seconds", "tests", ""], rows)]
     ended = {name: outcomes[name] for name in parts if name in outcomes and name not in running}
     for status, title in _TITLES.items():
         named = {name: each for name, each in ended.items() if each.status == status}
@@ -57,6 +59,5 @@ def rendered(
     return "\n".join(lines) + "\n"
 
 
-def _row(*cells: str) -> str:
-    shown = (cell.replace("|", "/") for cell in cells)
-    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in shown)}|"
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return markdown(header, [[cell.replace("|", "/") for cell in row] for row in rows])

@@ -6,6 +6,7 @@ and every output written once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,14 +123,8 @@ def implementation(
 
 def compiled(expression: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` of plain torch, at the first call: it loads the compiler."""
-    made: list[Callable[..., Any]] = []
-
-    def run(*arguments: Any) -> Any:
-        if not made:
-            made.append(torch.compile(expression, dynamic=False))
-        return made[0](*arguments)
-
-    return run
+    made = functools.cache(lambda: torch.compile(expression, dynamic=False))
+    return lambda *arguments: made()(*arguments)
 
 
 def product(left: Tensor, right: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -60,9 +60,9 @@ def _measure(benchmark: ModuleType, options: argparse.Namespace, command: Sequen
             "device must be one that torch sees, got cuda and no CUDA device; use cpu"
         )
     environment.require_this_checkout()
-    _require_place("out", options.out)
+    _require_folder("out", options.out, make=False)
     if hasattr(options, "folder"):
-        _make_folder("folder", options.folder)
+        _require_folder("folder", options.folder)
     getattr(benchmark, "require", lambda options: None)(options)
     here = environment.collect(device, command)
     if options.rehearsal:
@@ -80,26 +80,20 @@ def _measure(benchmark: ModuleType, options: argparse.Namespace, command: Sequen
     return benchmark.run(Session(options, here, gated, end))
 
 
-def _make_folder(name: str, path: Path) -> None:
-    _require_place(name, path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _no_place_error(name, path, error.strerror or str(error)) from None
-
-
-def _require_place(name: str, path: Path) -> None:
+def _require_folder(name: str, path: Path, *, make: bool = True) -> None:
     """A folder, or a place in which one can be made: before anything runs that is lost without."""
     nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not nearest.is_dir():
-        raise _no_place_error(name, path, f"{nearest} is no folder")
-
-
-def _no_place_error(name: str, path: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{name} must be a folder or a place for one, got {str(path)!r} ({why}); name another with "
-        f"--{name}"
-    )
+    why = "" if nearest.is_dir() else f"{nearest} is no folder"
+    try:
+        if make and not why:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise ValueError(
+            f"{name} must be a folder or a place for one, got {str(path)!r} ({why}); name another "
+            f"with --{name}"
+        )
 
 
 def _gated(
@@ -122,23 +116,27 @@ def _gated(
 
 def _table(options: argparse.Namespace, table: Table) -> int:
     text = rendered(table, store.shown(options.results, options.op, table.command))
-    if options.into is None:
+    show(text, options.op, options.into)
+    return 0
+
+
+def show(text: str, op: str, page: Path | None) -> None:
+    """Print a table, or put it into a page."""
+    if page is None:
         print(text)
-    elif not options.into.is_file():
+    elif not page.is_file():
         raise ValueError(
-            f"into must be a page with the table's two marker lines, got {str(options.into)!r}, "
-            "which is no file; name one with --into"
+            f"into must be a page with the table's two marker lines, got {str(page)!r}, which is "
+            "no file; name one with --into"
         )
     else:
-        page = replace_between_markers(options.into.read_text("utf-8"), options.op, text)
-        write_text_atomic(options.into, page)
-    return 0
+        write_text_atomic(page, replace_between_markers(page.read_text("utf-8"), op, text))
 
 
 def _plot(options: argparse.Namespace, picture: Picture) -> int:
     rows = store.shown(options.results, options.op, f"the benchmark of {options.op}")
     out = options.out or Path(f"{options.op}.png")
-    _make_folder("out", out.parent)
+    _require_folder("out", out.parent)
     drawn(picture(rows)).savefig(out, format="png", dpi=150)
     return 0
 

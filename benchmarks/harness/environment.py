@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import fastdean
 from benchmarks.harness.store import ROOT
 from fastdean.files import provenance
+from fastdean.info import version_of
 from fastdean.ops._dispatch import choose
 
 # What stands for the device's name where the runs of a GPU are tried out without one.
@@ -40,8 +40,8 @@ def collect(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "accumulation": choose("accumulate_importance_", device).name,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": metadata.version("transformers"),
+        "triton": version_of("triton"),
+        "transformers": version_of("transformers"),
         "fastdean": fastdean.__version__,
         "commit": _output("git", "rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
@@ -83,13 +83,6 @@ def _cpu_model() -> str:
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:

@@ -74,6 +74,11 @@ def segments(lengths: Sequence[Length]) -> torch.Tensor:
     return torch.stack([counts.cumsum(0) - counts, counts.cumsum(0)], dim=1)
 
 
+def random_examples(count: int, tokens: int | None, vocabulary: int) -> list[Example]:
+    """`count` of `tokens` each, or of BeaverTails' lengths; the same ones every time."""
+    return examples(chosen(count, tokens), vocabulary)
+
+
 def examples(lengths: Sequence[Length], vocabulary: int) -> list[Example]:
     """Examples of these lengths with random tokens; the same ones every time."""
     generator = torch.Generator().manual_seed(len(lengths))

@@ -7,16 +7,14 @@ is counted (None).
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from pathlib import Path
 
 import torch
 
-from fastdean.models.available_memory import peak_memory, resident_memory
+from fastdean.models.available_memory import give_back_freed, peak_memory, resident_memory
 
 _CPU = torch.device("cpu")
-_STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -45,18 +43,9 @@ def peak_bytes() -> int | None:
 
 def _forget_peak() -> int | None:
     """What was freed earlier could hide growth, or add to it: it goes back to the system first."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)
+    give_back_freed(_CPU)
     try:
         _CLEAR.write_text("5")
     except OSError:
         return None
     return resident_memory()
-
-
-def status_bytes(field: str) -> int | None:
-    """A field of /proc/self/status; None where there is none."""
-    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")]
-    return found[0] if found else None

@@ -97,7 +97,7 @@ def seconds_over(rows: Sequence[Record], x: str) -> tuple[list[Line], Line]:
     varied."""
     rows, lines = sorted(rows, key=lambda row: row[x]), []
     for line in store.grouped(rows, ("contender",)):
-        y, low, high = ([row[e] for row in line] for e in ("median_s", "p20_s", "p80_s"))
+        y, low, high = map(list, zip(*(row.spread for row in line), strict=True))
         lines.append(Line(line[0].contender, [row[x] for row in line], y, low, high))
     floors = {row[x]: row["floor_s"] for row in rows}
     return lines, Line("floor", list(floors), list(floors.values()))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +69,14 @@ class Session:
     def toy(self) -> bool:
         return getattr(self.options, "toy", False)
 
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """A new folder in `--folder`, removed with all that is in it."""
+        with tempfile.TemporaryDirectory(
+            prefix=f"fastdean-{name}-", dir=self.options.folder
+        ) as folder:
+            yield Path(folder)
+
     def due(self, units: Sequence[Unit], name: str = "cases") -> Iterator[Unit]:
         """The units one after the other, until the time is used up; says what is left."""
         if not units:
@@ -120,6 +131,27 @@ class Session:
         say(f"  {contender:<24} {_said(row)}")
         return row
 
+    def append_turns(
+        self,
+        op: str,
+        case: str,
+        contender: str,
+        samples: Sequence[Sample],
+        setup: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+    ) -> Record:
+        """Write down what a contender's turns on the "tokens" of the setup took.
+
+        `metrics`: what is known besides, maybe the "floor_s".
+        """
+        seconds = seconds_of(samples)
+        found = {"peak_bytes": most([sample.peak_bytes for sample in samples]), **metrics}
+        found["tokens_per_s"] = setup["tokens"] / seconds["median_s"]
+        if "floor_s" in found:
+            found["share_of_floor"] = found["floor_s"] / seconds["median_s"]
+        setup = {**setup, "repeats": len(samples)}
+        return self.append(op, case, contender, setup=setup, seconds=seconds, metrics=found)
+
 
 def _said(row: Record) -> str:
     if row.problem is not None:
@@ -127,7 +159,7 @@ def _said(row: Record) -> str:
     if not row.seconds:
         return "recorded"
     unit, scale = ("s", 1) if row["median_s"] >= 1 else ("ms", 1e3)
-    median, p20, p80 = (scale * row[name] for name in ("median_s", "p20_s", "p80_s"))
+    median, p20, p80 = (scale * each for each in row.spread)
     floor_s, timed_by = row.metrics.get("floor_s"), row.metrics.get("timed_by")
     floor = f", {row['median_s'] / floor_s:.2f}x the floor" if floor_s else ""
     by = f", by {timed_by}" if timed_by else ""

@@ -51,6 +51,11 @@ class Record:
     gate: str = SKIPPED
     environment: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def spread(self) -> tuple[float, float, float]:
+        """Seconds of one call: the median, 20th and 80th percentile."""
+        return self["median_s"], self["p20_s"], self["p80_s"]
+
     def __getitem__(self, name: str) -> Any:
         for part in (self.setup, self.seconds, self.metrics, self.environment, vars(self)):
             if name in part:
@@ -60,7 +65,9 @@ class Record:
 
 def append(results: Path, record: Record) -> None:
     """Add one line."""
-    path = results / slug(record["device"]) / f"{record.op}.jsonl"
+    # "NVIDIA H200" -> "nvidia-h200"
+    folder = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
+    path = results / folder / f"{record.op}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         # After a line that was cut off with the run that wrote it a new one starts.
@@ -123,8 +130,3 @@ def shown(results: Path, op: str, command: str) -> list[Record]:
         return chosen
     found = "only records of toy runs" if rows else f"no record in {op}.jsonl of any device"
     raise ValueError(f"{results} must hold measurements of {op}, got {found}; run `{command}`")
-
-
-def slug(device: str) -> str:
-    """ "NVIDIA H200" -> "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

@@ -104,9 +104,7 @@ def case(
 
 
 def expert_case(experts: int, active: int, rows: int, columns: int, examples: int) -> Case:
-    counts = torch.tensor([length.tokens for length in lengths.beavertails(examples)])
-    tokens = int(counts.sum())
-    segments, numbers = routed(counts, experts, active)
+    tokens, segments, numbers = routed(examples, experts, active)
     pairs, used = tokens * active, numbers.unique().tolist()
 
     def make(generator: torch.Generator) -> SimpleNamespace:
@@ -148,16 +146,18 @@ def expert_case(experts: int, active: int, rows: int, columns: int, examples: in
     )
 
 
-def routed(counts: Tensor, experts: int, active: int) -> tuple[Tensor, Tensor]:
-    """(segments, experts) of examples with `counts` tokens: every token goes to `active` different
-    experts, all alike; the same every time. int64 [S, 2], none empty, and [S], ascending."""
+def routed(examples: int, experts: int, active: int) -> tuple[int, Tensor, Tensor]:
+    """(tokens, segments, experts) of examples of BeaverTails' lengths: every token goes to `active`
+    different experts, all alike; the same every time. Segments int64 [S, 2], none empty; experts
+    [S], ascending."""
+    counts = torch.tensor([length.tokens for length in lengths.beavertails(examples)])
     generator = torch.Generator().manual_seed(experts)
     owner = torch.arange(len(counts)).repeat_interleave(counts)
     picked = torch.rand(len(owner), experts, generator=generator).topk(active).indices
     pair = (picked * len(counts) + owner[:, None]).flatten()
     kinds, sizes = pair.unique(return_counts=True)
     ends = sizes.cumsum(0)
-    return torch.stack([ends - sizes, ends], 1), kinds // len(counts)
+    return len(owner), torch.stack([ends - sizes, ends], 1), kinds // len(counts)
 
 
 def _made(

@@ -41,9 +41,9 @@ def case(shapes: Sequence[tuple[int, int]], layers: int) -> Case:
     rows, columns = shapes[0]
 
     def too_many_masks(device: torch.device) -> str:
-        if device.type == "cpu" and numel > _MOST_MASK_BYTES_ON_CPU:
-            return f"its masks and the weights they touch take {3 * numel / 1e9:.0f} GB"
-        return ""
+        too_many = device.type == "cpu" and numel > _MOST_MASK_BYTES_ON_CPU
+        took = f"its masks and the weights they touch take {3 * numel / 1e9:.0f} GB"
+        return took if too_many else ""
 
     # A toggle leaves Python's state changed too, which a graph would not.
     exact = {"tolerance": 0.0, "capturable": False}

@@ -18,14 +18,7 @@ from benchmarks.harness.clock import Spread
 from benchmarks.harness.rates import copy_bandwidth, large_product_rate
 from benchmarks.harness.session import Session, release
 from benchmarks.harness.store import say
-from benchmarks.ops import (
-    collapse,
-    importance,
-    mask,
-    select_importance,
-    selection,
-    unit_importance,
-)
+from benchmarks.ops import collapse, importance, mask, select_importance, selection, unit_importance
 from benchmarks.ops.measuring import check, input_sets, measured
 from fastdean.kernels import interpreted
 
@@ -61,7 +54,6 @@ def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
 
 
 def require(options: argparse.Namespace) -> None:
-    """Asked before any test runs."""
     if interpreted() and not options.toy:
         raise RuntimeError(
             "TRITON_INTERPRET must be unset where kernels are timed, got interpreted kernels, "

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from benchmarks.harness import lengths
 from benchmarks.harness.cases import Case, Contender, implementation
 from benchmarks.harness.models import DTYPES
 from benchmarks.ops.importance import routed
@@ -29,14 +28,13 @@ from fastdean.ops import (
     select_top,
 )
 
-SMALL, LARGE = (1536, 576), (18944, 3584)
+# Experts, those of a token, outputs, inputs: single matrices, and a layer of experts.
+SMALL, LARGE, EXPERTS = (1, 1, 1536, 576), (1, 1, 18944, 3584), (64, 8, 1408, 2048)
 RATIOS = (1e-5, 1e-3)
 # Examples of BeaverTails' lengths, 76 tokens on average: 400, 1500 and 4000 tokens.
 SMALL_EXAMPLES, LARGE_EXAMPLES, EXPERT_EXAMPLES = (5, 20, 53), (5, 53), 26
 BATCH_TOKENS = 400
-# Experts, those of a token, outputs, inputs.
-EXPERTS = (64, 8, 1408, 2048)
-TOY_SHAPE, TOY_EXAMPLES, TOY_RATIO, TOY_EXPERTS = (48, 32), 7, 1e-2, (6, 2, 20, 12)
+TOY, TOY_EXPERTS, TOY_RATIO = (1, 1, 48, 32), (6, 2, 20, 12), 1e-2
 # Rounding may exchange two entries at the border of many; of few it exchanges none.
 _TOLERANCE = 2e-3
 # None of them can be captured: a NaN has to raise.
@@ -45,147 +43,106 @@ _OURS = {"tolerance": _TOLERANCE, "capturable": False}
 
 def cases(toy: bool) -> Iterator[Case]:
     if toy:
-        yield case(*TOY_SHAPE, TOY_EXAMPLES, TOY_RATIO, "fp32")
-        yield expert_case(*TOY_EXPERTS, 4, TOY_RATIO, "bf16")
+        yield case(*TOY, 7, TOY_RATIO, "fp32")
+        yield case(*TOY_EXPERTS, 4, TOY_RATIO, "bf16")
         return
     for ratio, dtype in itertools.product(RATIOS, DTYPES):
-        yield expert_case(*EXPERTS, EXPERT_EXAMPLES, ratio, dtype)
+        yield case(*EXPERTS, EXPERT_EXAMPLES, ratio, dtype)
         for examples in SMALL_EXAMPLES:
             yield case(*SMALL, examples, ratio, dtype)
     for ratio, dtype, examples in itertools.product(RATIOS, DTYPES, LARGE_EXAMPLES):
         yield case(*LARGE, examples, ratio, dtype)
 
 
-def case(rows: int, columns: int, examples: int, ratio: float, dtype: str) -> Case:
-    segments = lengths.segments(lengths.beavertails(examples))
-    tokens, k = int(segments[-1, 1]), int(ratio * rows * columns)
+def case(
+    experts: int, active: int, rows: int, columns: int, examples: int, ratio: float, dtype: str
+) -> Case:
+    """Of `experts` matrices, each token with `active` of them; of one, the op for one matrix."""
+    tokens, segments, numbers = routed(examples, experts, active)
+    pairs, numel = tokens * active, rows * columns
+    k = int(ratio * numel)
 
     def make(generator: torch.Generator) -> SimpleNamespace:
-        made = _made((rows, columns), tokens, tokens, dtype, generator)
-        made.segments, made.sets = segments.clone(), torch.zeros(examples, dtype=torch.int64)
-        return made
+        """x [N, C], g [pairs, R], weight [E, R, C]; rows and columns of different strength, as a
+        model's gradients have them."""
+        options = {"generator": generator, "device": generator.device}
+        x = torch.randn(tokens, columns, **options) * torch.randn(columns, **options).exp()
+        g = torch.randn(pairs, rows, **options) * torch.randn(rows, **options).exp()
+        weight = torch.randn(experts, rows, columns, **options).mul_(0.02)
+        x, g, weight = (each.to(DTYPES[dtype]) for each in (x, g, weight))
+        return SimpleNamespace(
+            x=x,
+            g=g,
+            weight=weight,
+            segments=segments.clone(),
+            experts=numbers.clone(),
+            sets=torch.zeros_like(numbers),
+            # Which token a row stands for makes no difference to the time.
+            x_rows=torch.arange(pairs, device=generator.device) % tokens,
+        )
 
     def fused(impl: str, each: SimpleNamespace) -> Tensor:
-        operands = (each.x, each.g, each.segments, each.sets, each.weight, [k])
+        operands = (each.x, each.g, each.segments, each.sets, each.weight[0], [k])
         return select_importance(*operands, impl=impl)[0][0]
 
     def dense(each: SimpleNamespace) -> Tensor:
         sums = torch.zeros(rows, columns, device=each.x.device)
         for batch in _batches(each.segments):
             accumulate_importance_(sums, each.x, each.g, batch)
-        return select_top(sums, each.weight, examples, k)
+        return select_top(sums, each.weight[0], examples, k)
 
-    return Case(
-        "select_importance",
-        f"{rows} x {columns}, {tokens} tokens of {examples} examples, ratio {ratio:g}, k = {k}",
-        dtype,
-        settings=_settings(1, 1, rows, columns, examples, tokens, ratio, k),
-        operations=2 * tokens * rows * columns,
-        bytes=(tokens * (rows + columns) + rows * columns) * DTYPES[dtype].itemsize + 8 * k,
-        inputs=make,
-        expected=partial(_expected, examples, k),
-        error=share_wrong,
-        contenders=(
-            *(
-                implementation("select_importance", impl, fused, **_OURS)
-                for impl in ("triton", "native", "reference")
-            ),
-            Contender("sums, then select_top", dense, **_OURS),
-        ),
-    )
-
-
-def expert_case(
-    experts: int, active: int, rows: int, columns: int, examples: int, ratio: float, dtype: str
-) -> Case:
-    counts = torch.tensor([length.tokens for length in lengths.beavertails(examples)])
-    tokens, k = int(counts.sum()), int(ratio * rows * columns)
-    segments, numbers = routed(counts, experts, active)
-    pairs = tokens * active
-    numbers_read = tokens * columns + pairs * rows + experts * rows * columns
-
-    def make(generator: torch.Generator) -> SimpleNamespace:
-        made = _made((experts, rows, columns), tokens, pairs, dtype, generator)
-        made.segments, made.experts = segments.clone(), numbers.clone()
-        made.sets = torch.zeros_like(numbers)
-        # Which token a row stands for makes no difference to the time.
-        made.x_rows = torch.arange(pairs, device=generator.device) % tokens
-        return made
-
-    def fused(impl: str, each: SimpleNamespace) -> Tensor:
+    def fused_experts(impl: str, each: SimpleNamespace) -> Tensor:
         operands = (each.x, each.g, each.segments, each.experts, each.sets, each.weight)
         found = select_expert_importance(*operands, [k], [examples], x_rows=each.x_rows, impl=impl)
         return found[0][0]
 
-    def dense(impl: str, each: SimpleNamespace) -> Tensor:
+    def dense_experts(impl: str, each: SimpleNamespace) -> Tensor:
         sums = torch.zeros(experts, rows, columns, device=each.x.device)
         operands = (each.x[each.x_rows], each.g, each.segments, each.experts)
         accumulate_expert_importance_(sums, *operands, impl=impl)
-        picked = [
-            select_top(sums[e], each.weight[e], examples, k) + e * rows * columns
-            for e in range(experts)
-        ]
-        return torch.cat(picked)
+        picked = [select_top(sums[e], each.weight[e], examples, k) for e in range(experts)]
+        return torch.cat([index + e * numel for e, index in enumerate(picked)])
 
-    accumulation = "accumulate_expert_importance_"
+    impls = ("native", "reference")
+    if experts == 1:
+        matrices, of_each = f"{rows} x {columns}, ", ""
+        contenders = (
+            *(implementation("select_importance", i, fused, **_OURS) for i in ("triton", *impls)),
+            Contender("sums, then select_top", dense, **_OURS),
+        )
+    else:
+        matrices, of_each = (
+            f"{experts} experts of {rows} x {columns}, {active} for each of ",
+            " each",
+        )
+        op, sums_op = "select_expert_importance", "accumulate_expert_importance_"
+        names = {impl: f"{impl} sums, then select_top" for impl in impls}
+        contenders = (
+            *(implementation(op, i, fused_experts, **_OURS) for i in impls),
+            *(implementation(sums_op, i, dense_experts, names[i], **_OURS) for i in impls),
+        )
     return Case(
         "select_importance",
-        f"{experts} experts of {rows} x {columns}, {active} for each of {tokens} tokens of "
-        f"{examples} examples, ratio {ratio:g}, k = {k} each",
+        f"{matrices}{tokens} tokens of {examples} examples, ratio {ratio:g}, k = {k}{of_each}",
         dtype,
-        settings=_settings(experts, active, rows, columns, examples, tokens, ratio, k),
-        operations=2 * pairs * rows * columns,
-        bytes=numbers_read * DTYPES[dtype].itemsize + 8 * experts * k,
+        settings={
+            "experts": experts,
+            "active": active,
+            "rows": rows,
+            "columns": columns,
+            "examples": examples,
+            "tokens": tokens,
+            "ratio": ratio,
+            "k": k,
+        },
+        operations=2 * pairs * numel,
+        bytes=(tokens * columns + pairs * rows + experts * numel) * DTYPES[dtype].itemsize
+        + 8 * experts * k,
         inputs=make,
         expected=partial(_expected, examples, k),
         error=share_wrong,
-        contenders=(
-            *(
-                implementation("select_expert_importance", impl, fused, **_OURS)
-                for impl in ("native", "reference")
-            ),
-            *(
-                implementation(accumulation, impl, dense, f"{impl} sums, then select_top", **_OURS)
-                for impl in ("native", "reference")
-            ),
-        ),
+        contenders=contenders,
     )
-
-
-def _settings(
-    experts: int,
-    active: int,
-    rows: int,
-    columns: int,
-    examples: int,
-    tokens: int,
-    ratio: float,
-    k: int,
-) -> dict[str, int | float]:
-    return {
-        "experts": experts,
-        "active": active,
-        "rows": rows,
-        "columns": columns,
-        "examples": examples,
-        "tokens": tokens,
-        "ratio": ratio,
-        "k": k,
-    }
-
-
-def _made(
-    shape: tuple[int, ...], tokens: int, pairs: int, dtype: str, generator: torch.Generator
-) -> SimpleNamespace:
-    """x [tokens, C], g [pairs, R], weight of `shape`; rows and columns of different strength, as a
-    model's gradients have them."""
-    options = {"generator": generator, "device": generator.device}
-    rows, columns = shape[-2:]
-    x = torch.randn(tokens, columns, **options) * torch.randn(columns, **options).exp()
-    g = torch.randn(pairs, rows, **options) * torch.randn(rows, **options).exp()
-    weight = torch.randn(*shape, **options).mul_(0.02)
-    x, g, weight = (each.to(DTYPES[dtype]) for each in (x, g, weight))
-    return SimpleNamespace(x=x, g=g, weight=weight)
 
 
 def _batches(segments: Tensor) -> list[Tensor]:
@@ -196,13 +153,11 @@ def _batches(segments: Tensor) -> list[Tensor]:
 
 def _expected(examples: int, k: int, each: SimpleNamespace) -> Tensor:
     """From sums in float64, one expert after the other."""
-    stack = each.weight if each.weight.dim() == 3 else each.weight[None]
-    experts = getattr(each, "experts", torch.zeros(len(each.segments), dtype=torch.int64))
     picked = []
-    for number, weight in enumerate(stack):
+    for number, weight in enumerate(each.weight):
         sums = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-        for start, end in each.segments[experts == number].tolist():
-            x = each.x[each.x_rows[start:end]] if hasattr(each, "x_rows") else each.x[start:end]
+        for start, end in each.segments[each.experts == number].tolist():
+            x = each.x[each.x_rows[start:end]]
             sums += (each.g[start:end].double().T @ x.double()).abs_()
         value = sums.mul_(weight.double().abs()).flatten()
         index = value.topk(min(k, int((value > 0).sum()))).indices

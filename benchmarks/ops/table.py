@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from benchmarks.harness import store, tables
 from benchmarks.harness.store import Record
-from benchmarks.harness.tables import Cells, Table
+from benchmarks.harness.tables import Columns, Table
 
+Case = Mapping[str, Record]
 # Ours first, whatever was measured first.
 _OURS = ("triton", "native", "reference")
 # A resumed run has several dates: the latest of each contender, not of each run.
@@ -15,36 +17,45 @@ _LATEST = ("device", "case", "dtype", "contender")
 
 
 def operation_table(op: str) -> Table:
-    command = f"python -m benchmarks kernels --op {op}"
     return Table(
-        command, _LATEST, ("device",), _lines, lambda g: [_reading(g), *tables.provenance_lines(g)]
+        f"python -m benchmarks kernels --op {op}",
+        _columns,
+        lambda rows: [_reading(rows), *tables.provenance_lines(rows)],
+        _LATEST,
+        ("device",),
+        lines=lambda rows: [
+            {row.contender: row for row in case} for case in store.grouped(rows, ("case", "dtype"))
+        ],
     )
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
+def _columns(rows: Sequence[Record]) -> Columns:
+    """Of lines that are contender -> record of one case."""
     names = dict.fromkeys(row.contender for row in rows if row.contender != row["floor"])
     names = sorted(names, key=lambda name: _OURS.index(name) if name in _OURS else len(_OURS))
     ours = names[0]
-    header = ["case", "floor", *names, f"{ours} / floor", f"rate of {ours}"]
-    return header, [_cells(case, names) for case in store.grouped(rows, ("case", "dtype"))]
+
+    def some(case: Case) -> Record:
+        return case.get(ours) or next(iter(case.values()))
+
+    return {
+        "case": lambda case: f"{some(case).case}, {some(case)['dtype']}",
+        "floor": lambda case: _milliseconds(some(case)["floor_s"]),
+        **{name: partial(_time, name, ours) for name in names},
+        f"{ours} / floor": lambda case: (
+            f"{case[ours]['median_s'] / case[ours]['floor_s']:.2f}x" if ours in case else ""
+        ),
+        f"rate of {ours}": lambda case: _rate(case[ours]) if ours in case else "",
+    }
 
 
-def _cells(case: Sequence[Record], names: Sequence[str]) -> Cells:
-    by_name = {row.contender: row for row in case}
-    ours = by_name.get(names[0])
-    floor = (ours or case[0])["floor_s"]
-    times = [_time(by_name.get(name), ours) for name in names]
-    compared = ["", ""] if ours is None else [f"{ours['median_s'] / floor:.2f}x", _rate(ours)]
-    return [f"{case[0].case}, {case[0]['dtype']}", _milliseconds(floor), *times, *compared]
-
-
-def _time(row: Record | None, ours: Record | None) -> str:
+def _time(name: str, ours: str, case: Case) -> str:
     """Milliseconds, how many times ours that is, and for how many the device is busy."""
-    if row is None:
+    if name not in case:
         return ""
-    notes = []
-    if ours is not None and row is not ours:
-        notes.append(f"{row['median_s'] / ours['median_s']:.1f}x")
+    row, notes = case[name], []
+    if ours in case and name != ours:
+        notes.append(f"{row['median_s'] / case[ours]['median_s']:.1f}x")
     if row["device_s"] is not None:
         notes.append(f"device {_milliseconds(row['device_s'])}")
     return _milliseconds(row["median_s"]) + (f" ({', '.join(notes)})" if notes else "")

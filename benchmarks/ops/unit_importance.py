@@ -36,7 +36,10 @@ def cases(toy: bool) -> Iterator[Case]:
             owner=owner.to(generator.device),
         )
 
-    op, computed = "accumulate_unit_importance_", {"prepare": _operands}
+    def operands(each: SimpleNamespace) -> tuple[Any, ...]:
+        return each.acc, each.a, each.g, each.owner, examples
+
+    op, computed = "accumulate_unit_importance_", {"prepare": operands}
     yield Case(
         "unit_importance",
         f"{tokens} tokens, {units} units, {examples} examples of BeaverTails' lengths",
@@ -63,10 +66,6 @@ def expected(inputs: SimpleNamespace) -> Tensor:
 
 def _ours(impl: str, each: SimpleNamespace) -> Tensor:
     return accumulate_unit_importance_(each.acc, each.a, each.g, each.segments, impl=impl)
-
-
-def _operands(each: SimpleNamespace) -> tuple[Any, ...]:
-    return each.acc, each.a, each.g, each.owner, len(each.segments)
 
 
 def _expression(operands: tuple[Any, ...]) -> Tensor:

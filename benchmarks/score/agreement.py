@@ -16,8 +16,6 @@ import fastdean
 from benchmarks.harness import models, tables
 from benchmarks.harness.gate import test_files
 from benchmarks.harness.session import Session
-from benchmarks.harness.store import Record
-from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.baselines import loop_sums
 from benchmarks.score.subject import add_options  # noqa: F401
@@ -106,24 +104,14 @@ def compare(reference: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dic
     }
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    header = ["selection", "of", "ratio", "k", "kept (mean)", "kept (worst matrix)"]
-    lines = []
-    for row in rows:
-        least, most = row["k"]
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:g}"
-        k = str(least) if least == most else f"{least} to {most}"
-        kept = [f"{row[name]:.1%}" for name in ("kept", "kept_least")]
-        equal = f"{row['equal']} of {row['matrices']}"
-        lines.append([row.contender, row["reference"], ratio, k, *kept, equal])
-    return [*header, "equal matrices"], lines
-
-
-def _notes(rows: Sequence[Record]) -> list[str]:
-    row = rows[0]
-    size = f"{row['examples']} examples, {row['tokens']} tokens"
-    return [f"{row.case}. {size}. {tables.provenance_line(row)}"]
-
-
-_KEYS = ("device", "case")
-TABLE = Table("python -m benchmarks agreement", _KEYS, _KEYS, _lines, _notes)
+_COLUMNS: tables.Columns = {
+    "selection": "{contender}",
+    "of": "{reference}",
+    "ratio": lambda row: "" if row["ratio"] is None else f"{row['ratio']:g}",
+    "k": lambda row: " to ".join(map(str, dict.fromkeys(row["k"]))),
+    "kept (mean)": "{kept:.1%}",
+    "kept (worst matrix)": "{kept_least:.1%}",
+    "equal matrices": "{equal} of {matrices}",
+}
+_NOTE = "{case}. {examples} examples, {tokens} tokens."
+TABLE = tables.Table("python -m benchmarks agreement", _COLUMNS, _NOTE)

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdean.coupling.targets.target import Target
 from fastdean.data.examples import IGNORE_INDEX, Example
-from fastdean.models.model_state import input_device
+from fastdean.models.model_state import fresh_leaves, frozen, input_device
 
 
 def published_sums(
@@ -87,7 +87,7 @@ def vmap_sums(
         return total / (labels[1:] != IGNORE_INDEX).sum()
 
     gradients_of = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-    with _only_trainable(model, []), sdpa_kernel(SDPBackend.MATH):
+    with frozen(model), sdpa_kernel(SDPBackend.MATH):
         for first in range(0, len(examples), chunk):
             ids, labels = _padded(examples[first : first + chunk], device)
             for name, gradient in gradients_of(weights, ids, labels).items():
@@ -131,16 +131,7 @@ def _loss(model: nn.Module, example: Example, device: torch.device) -> Tensor:
 def _only_trainable(
     model: nn.Module, targets: Sequence[Target]
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside, only the targets' weights require a gradient; the flags come back afterwards."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Inside, the targets' weights alone require a gradient; outside, the model is as it was."""
     weights = {target.parameter: target.module.weight for target in targets}
-    try:
-        model.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        yield weights
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-        for weight in weights.values():
-            weight.grad = None
+    with frozen(model), fresh_leaves(model, list(weights.values())) as leaves:
+        yield dict(zip(weights, leaves, strict=True))

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import command, gate, lengths, models, store, tables
 from benchmarks.harness.plots import Line, Panel
-from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
+from benchmarks.harness.session import Session, most, take_turns
 from benchmarks.harness.store import Record
-from benchmarks.harness.tables import Cells, Table
 from benchmarks.score.orders import BATCHES, KEEP_TOP, LAYERS, STREAMED, WAYS, turn, write
 
 _WAYS = (BATCHES, LAYERS, STREAMED)
@@ -67,7 +64,12 @@ def points(*, toy: bool) -> list[Sizes]:
 
 def run(session: Session) -> int:
     """Append one record per point and way."""
-    due = [sizes for sizes in points(toy=session.toy) if not _was_measured(session, sizes)]
+    rounds = {"repeats": session.options.repeats}
+    due = [
+        sizes
+        for sizes in points(toy=session.toy)
+        if not session.earlier("growth", set(_WAYS), _setup(sizes) | rounds)
+    ]
     for sizes in session.due(due, "points"):
         store.say(f"{sizes.layers} layers, {sizes.examples} examples, hidden size {sizes.hidden}")
         _measure(session, sizes)
@@ -78,74 +80,48 @@ def _setup(sizes: Sizes) -> dict[str, Any]:
     return {**vars(sizes), "dtype": "fp32", "keep_top": KEEP_TOP, "tokens_per_example": _TOKENS}
 
 
-def _was_measured(session: Session, sizes: Sizes) -> bool:
-    setup = _setup(sizes) | {"repeats": session.options.repeats}
-    return bool(session.earlier("growth", set(_WAYS), setup))
-
-
 def _measure(session: Session, sizes: Sizes) -> None:
     options = session.options
-    chosen = lengths.chosen(sizes.examples, _TOKENS)
-    examples = lengths.examples(chosen, _VOCABULARY)
-    with tempfile.TemporaryDirectory(prefix="fastdean-growth-", dir=options.folder) as folder:
+    examples = lengths.random_examples(sizes.examples, _TOKENS, _VOCABULARY)
+    with session.scratch("growth") as folder:
         model = models.model_of(sizes.shape(), torch.float32, torch.device("cpu"))
         weight_bytes = sum(each.nbytes for each in model.parameters())
-        write(Path(folder), model, {"data": examples})
+        write(folder, model, {"data": examples})
         del model
         gc.collect()
-        turns = {
-            name: partial(turn, Path(folder), WAYS[name], device=options.device) for name in _WAYS
-        }
+        turns = {name: partial(turn, folder, WAYS[name], options.device) for name in _WAYS}
+        ran = {"tokens": sizes.examples * _TOKENS, "weight_bytes": weight_bytes}
+        case, setup = "random weights, mlp", _setup(sizes) | ran
         for name, samples, _ in take_turns(turns, options.repeats):
-            _append(session, sizes, name, samples, weight_bytes)
+            above = most([sample.peak_bytes for sample in samples])
+            # Resident weights are held before a turn is timed; streamed ones count as they come.
+            held = 0 if WAYS[name].streamed else weight_bytes
+            metrics = {"with_weights_bytes": None if above is None else above + held}
+            session.append_turns("growth", case, name, samples, setup, metrics)
 
 
-def _append(
-    session: Session, sizes: Sizes, name: str, samples: Sequence[Sample], weight_bytes: int
-) -> None:
-    above = most([sample.peak_bytes for sample in samples])
-    # What is resident is held before the turn is timed; streamed weights count as they come.
-    resident = 0 if WAYS[name].streamed else weight_bytes
-    tokens, seconds = sizes.examples * _TOKENS, seconds_of(samples)
-    ran = {"repeats": len(samples), "tokens": tokens, "weight_bytes": weight_bytes}
-    metrics = {
-        "peak_bytes": above,
-        "with_weights_bytes": None if above is None else above + resident,
-        "tokens_per_s": tokens / seconds["median_s"],
-    }
-    parts = {"setup": _setup(sizes) | ran, "seconds": seconds, "metrics": metrics}
-    session.append("growth", "random weights, mlp", name, **parts)
-
-
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    header = [*_LABELS.values(), "weights", "order", "seconds (p20 to p80)", "memory with weights"]
-    lines = [
-        [
-            *(f"{row[name]}" for name in _LABELS),
-            tables.megabytes(row["weight_bytes"]),
-            row.contender,
-            tables.spread(row),
-            tables.megabytes(row["with_weights_bytes"]),
-        ]
-        for row in rows
-    ]
-    return header, lines
-
-
-def _notes(rows: Sequence[Record]) -> list[str]:
-    row = rows[0]
-    size = f"fp32, {row['tokens_per_example']} tokens an example, keep_top {row['keep_top']:g}"
-    memory = (
-        "Memory is the peak above the process without a model: with all weights where they are "
-        "resident, with the mapped pages of those that are streamed"
-    )
-    return [f"{row.case}, {size}. {memory}.", *tables.provenance_lines(rows)]
-
-
+_COLUMNS: tables.Columns = {
+    **{label: f"{{{name}}}" for name, label in _LABELS.items()},
+    "weights": tables.megabytes_of("weight_bytes"),
+    "order": "{contender}",
+    "seconds (p20 to p80)": tables.SPREAD,
+    "memory with weights": tables.megabytes_of("with_weights_bytes"),
+}
+_NOTE = (
+    "{case}, fp32, {tokens_per_example} tokens an example, keep_top {keep_top:g}. Memory is the "
+    "peak above the process without a model: with all weights where they are resident, with the "
+    "mapped pages of those that are streamed."
+)
 # A resumed run has several dates: the latest of each point, not of each run.
 _LATEST = ("device", *_LABELS, "contender")
 _GROUPS = ("device",)
-TABLE = Table("python -m benchmarks growth", _LATEST, _GROUPS, _lines, _notes)
+TABLE = tables.Table(
+    "python -m benchmarks growth",
+    _COLUMNS,
+    lambda rows: [_NOTE.format_map(rows[0]), *tables.provenance_lines(rows)],
+    _LATEST,
+    _GROUPS,
+)
 
 
 def picture(rows: Sequence[Record]) -> list[list[Panel]]:
@@ -171,8 +147,6 @@ def picture(rows: Sequence[Record]) -> list[list[Panel]]:
 
 def _of_sweep(rows: Sequence[Record], name: str) -> list[Record]:
     """Those at the middle but for what is varied, from the smallest to the largest."""
-    middle = vars(_MIDDLE)
-    chosen = [
-        r for r in rows if all(r[other] == middle[other] for other in middle if other != name)
-    ]
+    fixed = {other: size for other, size in vars(_MIDDLE).items() if other != name}
+    chosen = [row for row in rows if all(row[each] == size for each, size in fixed.items())]
     return sorted(chosen, key=lambda row: row[name])

@@ -8,7 +8,6 @@ does, by whichever of its implementations and of two sizes of a batch is the fas
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,24 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import fastdean
 from benchmarks.harness import command, gate, lengths, models, tables
 from benchmarks.harness.cases import Case, Contender
 from benchmarks.harness.clock import elapsed
-from benchmarks.harness.command import at_least_two, positive
-from benchmarks.harness.rates import (
-    FORWARD,
-    INPUT_GRADIENT,
-    WEIGHT_GRADIENT,
-    copy_bandwidth,
-)
+from benchmarks.harness.rates import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, copy_bandwidth
 from benchmarks.harness.session import Session, attempt
 from benchmarks.harness.store import Record, say
-from benchmarks.harness.tables import Cells, Table
 from benchmarks.score.run import OURS, compare
+from benchmarks.score.work import first_products, our_sums
 from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import IGNORE_INDEX, Example
 from fastdean.models.forward import tokens_per_batch_of
+from fastdean.models.model_state import frozen, undone
 
 PLAIN = "forward and backward"
 NAMES = {PLAIN: "forward and backward, nothing scored", OURS: "`fastdean.score`"}
@@ -54,12 +47,6 @@ class Mixture(NamedTuple):
     chosen: int
     layers: int
 
-    def described(self) -> str:
-        return (
-            f"{self.layers} layers of {self.experts} experts, {self.chosen} chosen, "
-            f"{self.hidden} x {self.units}"
-        )
-
 
 class Way(NamedTuple):
     """How the plain pass runs: transformers' experts, and the examples of a batch."""
@@ -70,13 +57,16 @@ class Way(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--hidden", type=positive, default=1024, metavar="N", help="hidden size")
-    add("--units", type=positive, default=768, metavar="N", help="units of an expert")
-    add("--experts", type=positive, default=64, metavar="N", help="experts of a layer")
-    add("--chosen", type=positive, default=8, metavar="N", help="experts that a token goes to")
-    add("--layers", type=positive, default=2, metavar="N", help="decoder layers")
-    add("--examples", type=positive, default=16, metavar="N", help="number of examples")
-    add("--tokens", type=at_least_two, default=128, metavar="N", help="of each example")
+    for name, default, said in (
+        ("hidden", 1024, "hidden size"),
+        ("units", 768, "units of an expert"),
+        ("experts", 64, "experts of a layer"),
+        ("chosen", 8, "experts that a token goes to"),
+        ("layers", 2, "decoder layers"),
+        ("examples", 16, "number of examples"),
+    ):
+        add(f"--{name}", type=command.positive, default=default, metavar="N", help=said)
+    add("--tokens", type=command.at_least_two, default=128, metavar="N", help="of each example")
     said = "may be repeated; default: both"
     add("--dtype", action="append", choices=list(models.DTYPES), help=said)
     command.toy(parser)
@@ -100,8 +90,7 @@ def run(session: Session) -> int:
     options, device = session.options, session.device
     sizes = vars(options) | (_TOY if session.toy else {})
     mixture = Mixture(*(sizes[name] for name in Mixture._fields))
-    chosen = lengths.chosen(sizes["examples"], options.tokens)
-    examples = lengths.examples(chosen, _VOCABULARY)
+    examples = lengths.random_examples(sizes["examples"], options.tokens, _VOCABULARY)
     wanted = {"repeats": options.repeats, **mixture._asdict(), "examples": len(examples)}
     wanted["tokens"] = sum(map(len, examples))
     due = [
@@ -114,7 +103,7 @@ def run(session: Session) -> int:
         model = mixture_model(mixture, models.DTYPES[dtype], device)
         way = fastest_way(model, examples, device)
         case = mixture_case(model, mixture, examples, dtype, way)
-        rows = compare(session, case, examples, copy_bandwidth(device), options.repeats)
+        rows = compare(session, case, examples, copy_bandwidth(device))
         if rows:
             print(tables.rendered(TABLE, rows))
         # Before the next one is built.
@@ -163,13 +152,10 @@ def fastest_way(model: nn.Module, examples: Sequence[Example], device: torch.dev
 
 def plain_pass(model: nn.Module, examples: Sequence[Example], way: Way) -> Mapping[str, Tensor]:
     """Forward and backward of all examples, of equal length; gradients of the inputs alone."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    own = model.config._experts_implementation
-    try:
-        model.requires_grad_(False)
-        model.set_experts_implementation(way.implementation)
-        embedding: Any = model.get_input_embeddings()
-        device = embedding.weight.device
+    embedding: Any = model.get_input_embeddings()
+    own, device = model.config._experts_implementation, embedding.weight.device
+    model.set_experts_implementation(way.implementation)
+    with frozen(model), undone(lambda: model.set_experts_implementation(own)):
         for first in range(0, len(examples), way.examples):
             batch = examples[first : first + way.examples]
             ids, labels = (
@@ -184,10 +170,6 @@ def plain_pass(model: nn.Module, examples: Sequence[Example], way: Way) -> Mappi
             loss.backward()
             if inputs.grad is None or not inputs.grad.isfinite().all():
                 raise RuntimeError("the inputs must get a finite gradient, got another")
-    finally:
-        model.set_experts_implementation(own)
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
     # Nothing is scored.
     return {}
 
@@ -200,16 +182,8 @@ def mixture_case(
     An expert's products have as many rows as it gets of a batch if all get as many.
     """
 
-    def ours(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
-        scores = fastdean.score(model, chosen, target_modules="mlp", progress=False)
-        return {parameter: entry.sums for parameter, entry in scores.entries.items()}
-
-    tokens = sum(map(len, examples))
-    target_tokens = sum(example.num_targets(shift=1) for example in examples)
-    rows = min(tokens, tokens_per_batch_of(model))
+    tokens, target_tokens, rows, products = first_products(model, examples)
     of_expert = max(1, round(rows * sizes.chosen / sizes.experts))
-    head_rows = max(1, round(rows * target_tokens / tokens))
-    products: Counter[tuple[str, int, int, int]] = Counter()
     operations = entries = scored = 0
     for target in find_targets(model, "all"):
         outputs, inputs = target.num_outputs, target.num_inputs
@@ -221,7 +195,6 @@ def mixture_case(
         entries += number * size
         scored += number * size * target.stacked
     head = model.get_output_embeddings().weight
-    products.update({(kind, *head.shape, head_rows): 1 for kind in (FORWARD, INPUT_GRADIENT)})
     settings = {
         **sizes._asdict(),
         "examples": len(examples),
@@ -233,7 +206,9 @@ def mixture_case(
     }
     return Case(
         "mixture",
-        sizes.described(),
+        "{layers} layers of {experts} experts, {chosen} chosen, {hidden} x {units}".format_map(
+            sizes._asdict()
+        ),
         dtype,
         settings=settings,
         operations=operations + 4 * head.numel() * target_tokens,
@@ -241,24 +216,22 @@ def mixture_case(
         products=products,
         contenders=(
             Contender(PLAIN, lambda chosen: plain_pass(model, chosen, way)),
-            Contender(OURS, ours, ours=True),
+            Contender(OURS, partial(our_sums, model, target_modules="mlp"), ours=True),
         ),
     )
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    header = ["dtype", "", "seconds (p20 to p80)", "tokens/s", "of the plain pass", "peak memory"]
-    lines = []
-    for row in rows:
-        median = {r.contender: r["median_s"] for r in rows if r["dtype"] == row["dtype"]}
-        plain = median.get(PLAIN)
-        times = tables.NOT_MEASURED if plain is None else f"{row['median_s'] / plain:.2f}x"
-        line = [row["dtype"], NAMES[row.contender], tables.spread(row)]
-        lines.append([*line, f"{row['tokens_per_s']:.0f}", times, *tables.memory_and_floor(row)])
-        if row.contender == PLAIN:
-            # The floor is that of a scoring.
-            lines[-1][-1] = ""
-    return [*header, "floor / time"], lines
+def _columns(rows: Sequence[Record]) -> tables.Columns:
+    plain = {row["dtype"]: row["median_s"] for row in rows if row.contender == PLAIN}
+    return {
+        "dtype": "{dtype}",
+        "": lambda row: NAMES[row.contender],
+        **tables.TURNS,
+        "of the plain pass": lambda row: tables.share(row["median_s"], plain.get(row["dtype"])),
+        **tables.PEAK,
+        # The floor is that of a scoring.
+        "floor / time": lambda r: "" if r.contender == PLAIN else f"{r['share_of_floor']:.0%}",
+    }
 
 
 def _notes(rows: Sequence[Record]) -> list[str]:
@@ -277,4 +250,4 @@ def _notes(rows: Sequence[Record]) -> list[str]:
 
 
 _KIND = ("device", "case", "dtype")
-TABLE = Table("python -m benchmarks mixture", _KIND, ("device", "case", "date"), _lines, _notes)
+TABLE = tables.Table("python -m benchmarks mixture", _columns, _notes, _KIND, tables.RUNS)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,17 +19,21 @@ from torch import nn
 
 from benchmarks.harness import command, gate, tables
 from benchmarks.harness.cases import Case
-from benchmarks.harness.processes import finished
+from benchmarks.harness.clock import elapsed
+from benchmarks.harness.memory import Held
+from benchmarks.harness.processes import apart
 from benchmarks.harness.rates import copy_bandwidth, matrix_rate
-from benchmarks.harness.session import Sample, Session, most, seconds_of, take_turns
+from benchmarks.harness.session import Sample, Session, take_turns
 from benchmarks.harness.store import Record
-from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.work import score_case
+from fastdean.coupling.scoring import score_sets
 from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import Example
+from fastdean.models.loading import stream_model
 
 _SETS, KEEP_TOP = 3, 1e-3
+_WARM_UP = 2
 
 
 class Way(NamedTuple):
@@ -56,20 +58,6 @@ _AIMS = (
 )
 
 
-class Written(NamedTuple):
-    """What a model's checkpoint and its examples were written for.
-
-    Attributes:
-        case: the work that going batch by batch cannot avoid.
-        again: weights that the order of the layers takes through one forward pass more.
-        weight_bytes: of the loaded model.
-    """
-
-    case: Case
-    again: int
-    weight_bytes: int
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     subject.add_options(parser)
     said = "where checkpoint and states are written, and removed again: it chooses the disk"
@@ -87,30 +75,47 @@ def run(session: Session) -> int:
     setup = {"dtype": "fp32", "examples": options.examples, "keep_top": KEEP_TOP}
     done = session.earlier("orders", set(WAYS), setup, same_command=True)
     for _ in session.due([] if done else [setup], "comparisons"):
-        with tempfile.TemporaryDirectory(prefix="fastdean-orders-", dir=options.folder) as folder:
-            written = _write(options, Path(folder))
-            given = {"device": options.device, "targets": options.targets}
-            turns = {name: partial(turn, Path(folder), way, **given) for name, way in WAYS.items()}
+        with session.scratch("orders") as folder:
+            case, again, weight_bytes = _write(options, folder)
+            given = (options.device, options.targets)
+            turns = {name: partial(turn, folder, way, *given) for name, way in WAYS.items()}
             taken = list(take_turns(turns, options.repeats))
         rates = {
-            "matrix_rate": matrix_rate(written.case.products, torch.float32, session.device),
+            "matrix_rate": matrix_rate(case.products, torch.float32, session.device),
             "copy_bandwidth": copy_bandwidth(session.device),
         }
-        rows = [_record(session, setup, name, each, written, rates) for name, each, _ in taken]
+        setup |= {"tokens": case.settings["tokens"], "weight_bytes": weight_bytes}
+        rows = []
+        for name, samples, _ in taken:
+            # The floor is the way's own; by layers every weight of a layer is read twice.
+            twice = again if WAYS[name].order == "layers" else 0
+            metrics = {
+                "operations": case.operations + 2 * twice * setup["tokens"],
+                "bytes": case.bytes + torch.float32.itemsize * twice,
+                **rates,
+            }
+            by_operations = metrics["operations"] / rates["matrix_rate"]
+            metrics["floor_s"] = max(by_operations, metrics["bytes"] / rates["copy_bandwidth"])
+            rows.append(session.append_turns("orders", case.name, name, samples, setup, metrics))
         print(tables.rendered(TABLE, rows))
     return 0
 
 
-def _write(options: argparse.Namespace, folder: Path) -> Written:
-    """The model and three sets of examples, one row of each in turn."""
+def _write(options: argparse.Namespace, folder: Path) -> tuple[Case, int, int]:
+    """The model and three sets of examples, one row of each in turn.
+
+    Returns:
+        The work that going batch by batch cannot avoid; the weights that the order of the layers
+        takes through one forward pass more; the bytes of all weights.
+    """
     model, name, examples_of = subject.load_subject(options, "fp32")
     examples = examples_of(_SETS * options.examples)
     write(folder, model, {str(i): examples[i::_SETS] for i in range(_SETS)})
     targets, name = options.targets, f"{name}, {options.targets}"
-    return Written(
+    return (
         score_case(model, examples, target_modules=targets, contenders=(), op="orders", name=name),
         sum(target.module.weight.numel() for target in find_targets(model, "all")),
-        sum(each.numel() * each.element_size() for each in model.parameters()),
+        sum(each.nbytes for each in model.parameters()),
     )
 
 
@@ -120,87 +125,75 @@ def write(folder: Path, model: nn.Module, sets: Mapping[str, Sequence[Example]])
         name: [[each.input_ids.tolist(), each.labels.tolist()] for each in examples]
         for name, examples in sets.items()
     }
-    _sets_in(folder).write_text(json.dumps(pairs), encoding="utf-8")
-    model.save_pretrained(_checkpoint_in(folder))
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    return folder / "checkpoint"
-
-
-def _sets_in(folder: Path) -> Path:
-    return folder / "sets.json"
+    (folder / "sets.json").write_text(json.dumps(pairs), encoding="utf-8")
+    model.save_pretrained(folder / "checkpoint")
 
 
 def turn(folder: Path, way: Way, device: str, targets: str = "mlp") -> Sample:
     """One scoring of what lies in the folder, in a process of its own."""
-    asked = {
-        "checkpoint": str(_checkpoint_in(folder)),
-        "sets": str(_sets_in(folder)),
-        "device": device,
-        "streamed": way.streamed,
-        "options": {
-            "order": way.order,
-            "states": str(folder / "states") if way.files else "device",
-            "keep_top": KEEP_TOP,
-            "target_modules": targets,
-        },
+    options = {
+        "order": way.order,
+        "states": str(folder / "states") if way.files else "device",
+        "keep_top": KEEP_TOP,
+        "target_modules": targets,
     }
-    once = [sys.executable, "-m", "benchmarks.score.order_once", json.dumps(asked)]
-    return Sample(**json.loads(finished(once).splitlines()[-1]))
+    return Sample(**apart(scored, str(folder), way.streamed, device, options))
 
 
-def _record(
-    session: Session,
-    setup: dict[str, Any],
-    name: str,
-    samples: Sequence[Sample],
-    written: Written,
-    rates: dict[str, float],
-) -> Record:
-    """The floor is the way's own; by layers every weight of a layer is read twice."""
-    case, seconds = written.case, seconds_of(samples)
-    tokens, operations, read = case.settings["tokens"], case.operations, case.bytes
-    if WAYS[name].order == "layers":
-        operations += 2 * written.again * tokens
-        read += torch.float32.itemsize * written.again
-    floor_s = max(operations / rates["matrix_rate"], read / rates["copy_bandwidth"])
-    metrics = {
-        "peak_bytes": most([sample.peak_bytes for sample in samples]),
-        "tokens_per_s": tokens / seconds["median_s"],
-        "operations": operations,
-        "bytes": read,
-        **rates,
-        "floor_s": floor_s,
-        "share_of_floor": floor_s / seconds["median_s"],
+def scored(folder: str, streamed: bool, device_name: str, options: dict[str, Any]) -> dict:
+    """In a process of its own: the fields of a `Sample` of `score_sets`, with these options.
+
+    Nothing is timed but the call of it. Its peak memory is above the loaded model; of a streamed
+    one above what was held before the checkpoint was opened.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device, checkpoint = torch.device(device_name), str(Path(folder) / "checkpoint")
+    sets = {
+        name: [Example(*map(torch.tensor, example)) for example in each]
+        for name, each in json.loads((Path(folder) / "sets.json").read_text("utf-8")).items()
     }
-    ran = {"repeats": len(samples), "tokens": tokens, "weight_bytes": written.weight_bytes}
-    parts = {"setup": setup | ran, "seconds": seconds, "metrics": metrics}
-    return session.append(case.op, case.name, name, **parts)
+
+    def opened() -> Any:
+        """In the dtype of the checkpoint."""
+        if streamed:
+            return stream_model(checkpoint, device=str(device))
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+
+    def run(chosen: Mapping[str, Sequence[Example]]) -> None:
+        score_sets(model, chosen, **options, progress=False)
+
+    model = opened()
+    # What is asked of a model once, and what torch loads on first use.
+    first = next(iter(sets))
+    run({first: sets[first][:_WARM_UP]})
+    if streamed:
+        model = None
+    held = Held(device)
+    if streamed:
+        model = opened()
+    seconds = elapsed(lambda: run(sets), device)
+    return {"seconds": seconds, "peak_bytes": held.added_bytes()}
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    of = {row.contender: row for row in rows}
-    header = ["order", "seconds (p20 to p80)", "of batches' time", "of layers' time"]
-    lines = [
-        [
-            row.contender,
-            tables.spread(row),
-            *(_share(row["median_s"], of[name]["median_s"]) for name in (BATCHES, LAYERS)),
-            *tables.memory_and_floor(row),
-        ]
-        for row in rows
-    ]
-    for row, line in zip(rows, lines, strict=True):
-        batches, model = of[BATCHES]["peak_bytes"], row["weight_bytes"]
-        if row.contender == STREAMED and batches is not None:
-            batches += model
-        line.insert(-1, _share(row["peak_bytes"], batches))
-    return [*header, "peak memory", "of batches' memory", "own floor / time"], lines
+def _columns(rows: Sequence[Record]) -> tables.Columns:
+    batches, layers = ({r.contender: r for r in rows}[name] for name in (BATCHES, LAYERS))
 
+    def of_batches_memory(row: Record) -> str:
+        peak = batches["peak_bytes"]
+        if row.contender == STREAMED and peak is not None:
+            peak += row["weight_bytes"]
+        return tables.share(row["peak_bytes"], peak)
 
-def _share(part: float | None, whole: float | None) -> str:
-    return tables.NOT_MEASURED if part is None or not whole else f"{part / whole:.2f}x"
+    return {
+        "order": "{contender}",
+        "seconds (p20 to p80)": tables.SPREAD,
+        "of batches' time": lambda row: tables.share(row["median_s"], batches["median_s"]),
+        "of layers' time": lambda row: tables.share(row["median_s"], layers["median_s"]),
+        **tables.PEAK,
+        "of batches' memory": of_batches_memory,
+        "own floor / time": "{share_of_floor:.0%}",
+    }
 
 
 def _notes(rows: Sequence[Record]) -> list[str]:
@@ -216,4 +209,4 @@ def _notes(rows: Sequence[Record]) -> list[str]:
 
 
 _KEYS = ("device", "case", "examples")
-TABLE = Table("python -m benchmarks orders", _KEYS, ("device", "case", "date"), _lines, _notes)
+TABLE = tables.Table("python -m benchmarks orders", _columns, _notes, _KEYS, tables.RUNS)

@@ -7,7 +7,7 @@ plain loop; `vmap`, that is `torch.func.vmap` of `grad`; and `fastdean`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,21 +15,11 @@ import torch
 from benchmarks.harness import command, gate, models, profile, store, tables
 from benchmarks.harness.cases import Case, Contender, norm_error
 from benchmarks.harness.clock import elapsed
-from benchmarks.harness.command import positive
 from benchmarks.harness.memory import Held
 from benchmarks.harness.plots import Panel
 from benchmarks.harness.rates import copy_bandwidth, matrix_rate
-from benchmarks.harness.session import (
-    Problem,
-    Sample,
-    Session,
-    attempt,
-    most,
-    seconds_of,
-    take_turns,
-)
+from benchmarks.harness.session import Problem, Sample, Session, attempt, take_turns
 from benchmarks.harness.store import Record, say
-from benchmarks.harness.tables import Cells, Table
 from benchmarks.score import subject
 from benchmarks.score.baselines import vmap_chunk
 from benchmarks.score.work import score_case
@@ -61,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     said = "measure only this one; may be repeated; vmap besides needs --vmap"
     add("--impl", **several, choices=list(NAMES), help=said)
     said = "layers the published procedure is run on, first to last"
-    add("--layers", type=positive, default=2, metavar="N", help=said)
+    add("--layers", type=command.positive, default=2, metavar="N", help=said)
     add("--vmap", action="store_true", help="measure torch.func.vmap too, where memory allows")
     add("--profile", action="store_true", help="say where fastdean's time goes")
     command.repeats(parser, 3)
@@ -77,10 +67,9 @@ def run(session: Session) -> int:
     # Ours always, since the others are compared with it.
     wanted = {*(options.impl or NAMES), OURS} - (set() if options.vmap else {"vmap"})
     # fp32 first: casting down keeps what casting up cannot bring back.
+    again = {"without_problem": OURS, "same_command": True}
     for dtype in (each for each in models.DTYPES if each in (options.dtype or models.DTYPES)):
-        earlier = session.earlier(
-            "score", wanted, {"dtype": dtype}, without_problem=OURS, same_command=True
-        )
+        earlier = session.earlier("score", wanted, {"dtype": dtype}, **again)
         due += [] if earlier else [dtype]
         for row in (row for row in earlier if row.problem is not None):
             session.failed |= row.problem["failed"]
@@ -111,7 +100,7 @@ def run(session: Session) -> int:
         )
         if "vmap" in wanted and chunk < 2:
             leave_out(session, case, "vmap", _NO_ROOM)
-        rows = compare(session, case, examples, bandwidth, options.repeats, options.profile)
+        rows = compare(session, case, examples, bandwidth, options.profile)
         if rows:
             print(tables.rendered(TABLE, rows))
     return int(session.failed)
@@ -129,7 +118,6 @@ def compare(
     case: Case,
     examples: Sequence[Example],
     bandwidth: float,
-    repeats: int,
     with_breakdown: bool = False,
 ) -> list[Record]:
     """The contenders in turn, on the same examples, and the floor of the machine.
@@ -168,24 +156,19 @@ def compare(
         f"{floors[0]['matrix_rate'] / 1e9:.1f} GFLOP/s; floor {floors[0]['floor_s']:.2f} s"
     )
     turns = {name: partial(turn, each) for name, each in able.items()}
-    for name, samples, problem in take_turns(turns, repeats, forgiving=device):
+    for name, samples, problem in take_turns(turns, session.options.repeats, forgiving=device):
         if problem is not None:
             leave_out(session, case, name, problem)
             continue
         if len(floors) == 1:
             # Before and after: a machine that was busy once must not raise the floor.
             floors.append(measured_floor())
-        floor, seconds = min(floors, key=lambda each: each["floor_s"]), seconds_of(samples)
-        ran = {"repeats": len(samples), "extrapolated": able[name].extrapolated}
         metrics = {
-            "tokens_per_s": tokens / seconds["median_s"],
-            "peak_bytes": most([sample.peak_bytes for sample in samples]),
-            **floor,
-            "share_of_floor": floor["floor_s"] / seconds["median_s"],
+            **min(floors, key=lambda each: each["floor_s"]),
             "breakdown": shares_of(able[name]) if with_breakdown and name == OURS else None,
         }
-        parts = {"setup": case.setup | ran, "seconds": seconds, "metrics": metrics}
-        rows.append(session.append(case.op, case.name, name, **parts))
+        setup = {**case.setup, "extrapolated": able[name].extrapolated}
+        rows.append(session.append_turns(case.op, case.name, name, samples, setup, metrics))
     return rows
 
 
@@ -222,16 +205,25 @@ def require_same_sums(
     return problems
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    header = ["dtype", "", "seconds (p20 to p80)", "tokens/s", "vs plain loop", "vs published"]
-    lines = []
-    for row in rows:
-        median = {r.contender: r["median_s"] for r in rows if r["dtype"] == row["dtype"]}
+def _columns(rows: Sequence[Record]) -> tables.Columns:
+    medians = {(row["dtype"], row.contender): row["median_s"] for row in rows}
+
+    def named(row: Record) -> str:
         note = f", extrapolated from {row['extrapolated']}" if row["extrapolated"] else ""
-        times = [tables.times_as_long(median.get(name), row) for name in ("loop", "published")]
-        line = [row["dtype"], NAMES[row.contender] + note, tables.spread(row)]
-        lines.append([*line, f"{row['tokens_per_s']:.0f}", *times, *tables.memory_and_floor(row)])
-    return [*header, "peak memory", "floor / time"], lines
+        return NAMES[row.contender] + note
+
+    def compared(with_: str) -> Callable[[Record], str]:
+        return lambda row: tables.share(medians.get((row["dtype"], with_)), row["median_s"])
+
+    return {
+        "dtype": "{dtype}",
+        "": named,
+        **tables.TURNS,
+        "vs plain loop": compared("loop"),
+        "vs published": compared("published"),
+        **tables.PEAK,
+        **tables.FLOOR,
+    }
 
 
 def _notes(rows: Sequence[Record]) -> list[str]:
@@ -250,17 +242,15 @@ def _notes(rows: Sequence[Record]) -> list[str]:
 
 
 _KIND = ("device", "case", "dtype")
-TABLE = Table("python -m benchmarks score", _KIND, ("device", "case", "date"), _lines, _notes)
+TABLE = tables.Table("python -m benchmarks score", _columns, _notes, _KIND, tables.RUNS)
 
 
 def picture(rows: Sequence[Record]) -> list[list[Panel]]:
     """A panel for each device, case and dtype."""
     panels = []
     for group in store.grouped(store.latest(rows, _KIND), _KIND):
-        bars = {}
-        for row in group:
-            label = row.contender + ("\nextrapolated" if row["extrapolated"] else "")
-            bars[label] = tuple(row[name] for name in ("median_s", "p20_s", "p80_s"))
+        notes = {row.contender: "\nextrapolated" if row["extrapolated"] else "" for row in group}
+        bars = {row.contender + notes[row.contender]: row.spread for row in group}
         title = "\n".join(group[0][key] for key in _KIND)
         panels.append(Panel(title, "", "seconds", bars=bars, floor=group[0]["floor_s"]))
     return [panels]

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fastdean
 from benchmarks.harness import command, gate, lengths, models, tables
-from benchmarks.harness.command import positive
-from benchmarks.harness.processes import finished
+from benchmarks.harness.clock import elapsed
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.processes import apart
 from benchmarks.harness.session import Sample, Session, seconds_of
-from benchmarks.harness.store import Record
-from benchmarks.harness.tables import Cells, Table
+from fastdean.models.available_memory import anonymous_memory
 
-_AIM = "Aim: at most 4 GB in all"
+_BETWEEN_LOOKS_S = 0.02
 # Repeated through the weights: as random as a product needs, and made in no time.
 _RANDOM = 1 << 26
 _SCALE = 0.02
@@ -36,7 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     said = f"the model's shape: {', '.join(models.SHAPES)}"
     add("--shape", choices=list(models.SHAPES), default="qwen2-7b", metavar="SHAPE", help=said)
-    add("--examples", type=positive, default=12, metavar="N", help="of BeaverTails' lengths")
+    add(
+        "--examples", type=command.positive, default=12, metavar="N", help="of BeaverTails' lengths"
+    )
     add("--keep-top", type=float, default=1e-5, metavar="X", help="share of each matrix")
     said = "where the checkpoint is written, and removed again: it chooses the disk"
     command.scratch_folder(parser, said)
@@ -52,11 +55,9 @@ def run(session: Session) -> int:
     setup = {"shape": options.shape, "examples": options.examples, "keep_top": options.keep_top}
     done = session.earlier("streamed", {"streamed"}, setup, same_command=True)
     for _ in session.due([] if done else [setup], "models"):
-        with tempfile.TemporaryDirectory(prefix="fastdean-streamed-", dir=options.folder) as folder:
-            size = _write(options.shape, Path(folder))
-            asked = json.dumps({"folder": folder, **setup})
-            once = [sys.executable, "-m", "benchmarks.score.streamed_once", asked]
-            found = json.loads(finished(once).splitlines()[-1])
+        with session.scratch("streamed") as folder:
+            size = _write(options.shape, folder)
+            found = apart(scored, str(folder), *setup.values())
         ran = {"checkpoint_bytes": size, "tokens": found["tokens"]}
         metrics = {
             name: found[name] for name in ("peak_bytes", "peak_anonymous_bytes", "bytes_read")
@@ -115,34 +116,47 @@ def _filled(shape: torch.Size, values: Iterator[Tensor]) -> Tensor:
     return numbers.repeat(-(-count // len(numbers)))[:count].view(shape).clone()
 
 
-def examples_of(count: int, shape: str) -> list:
-    return lengths.examples(lengths.chosen(count, None), models.SHAPES[shape].vocab_size)
+def scored(folder: str, shape: str, count: int, keep_top: float) -> dict[str, Any]:
+    """In a process of its own: a scoring of the folder, with what `run` records of it."""
+    examples = lengths.random_examples(count, None, models.SHAPES[shape].vocab_size)
+    found: list[fastdean.Scores] = []
+    # Of anonymous memory, which the kernel keeps no peak of.
+    looks, is_over = [0], threading.Event()
+
+    def run() -> None:
+        options = {"keep_top": keep_top, "progress": False, "order": "layers"}
+        found.append(fastdean.score(Path(folder), examples, **options))
+
+    def watch() -> None:
+        while not is_over.wait(_BETWEEN_LOOKS_S):
+            looks[0] = max(looks[0], anonymous_memory() or 0)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    seconds = elapsed(run, torch.device("cpu"))
+    is_over.set()
+    watching.join()
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak_bytes(),
+        "peak_anonymous_bytes": looks[0],
+        "bytes_read": found[0].manifest["order"]["bytes_of_weights_read"],
+        "tokens": sum(map(len, examples)),
+    }
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    header = ["model", "examples", "seconds", "memory in all", "without files", "weights read"]
-    lines = [
-        [
-            f"{row.case}, {row['checkpoint_bytes'] / 1e9:.1f} GB",
-            f"{row['examples']}, {row['tokens']} tokens",
-            f"{row['median_s']:.1f}",
-            tables.megabytes(row["peak_bytes"]),
-            tables.megabytes(row["peak_anonymous_bytes"]),
-            f"{row['bytes_read'] / row['checkpoint_bytes']:.2f}x",
-        ]
-        for row in rows
-    ]
-    return header, lines
-
-
-def _notes(rows: Sequence[Record]) -> list[str]:
-    memory = (
-        "The most that the process held, torch itself included; `in all` counts mapped pages of "
-        "files. The checkpoint was written just before, so that much of it was in the page cache"
-    )
-    kept = f"bf16, keep_top {rows[0]['keep_top']:g}, one round"
-    return [f"{kept}. {memory}. {_AIM}. {tables.provenance_line(rows[0])}"]
-
-
+_COLUMNS: tables.Columns = {
+    "model": lambda row: f"{row.case}, {row['checkpoint_bytes'] / 1e9:.1f} GB",
+    "examples": "{examples}, {tokens} tokens",
+    "seconds": "{median_s:.1f}",
+    "memory in all": tables.megabytes_of("peak_bytes"),
+    "without files": tables.megabytes_of("peak_anonymous_bytes"),
+    "weights read": lambda row: tables.share(row["bytes_read"], row["checkpoint_bytes"]),
+}
+_NOTE = (
+    "bf16, keep_top {keep_top:g}, one round. The most that the process held, torch itself "
+    "included; `in all` counts mapped pages of files. The checkpoint was written just before, so "
+    "that much of it was in the page cache. Aim: at most 4 GB in all."
+)
 _KEYS = ("device", "case", "examples")
-TABLE = Table("python -m benchmarks streamed", _KEYS, ("device", "case", "date"), _lines, _notes)
+TABLE = tables.Table("python -m benchmarks streamed", _COLUMNS, _NOTE, _KEYS, tables.RUNS)

@@ -57,7 +57,7 @@ def load_subject(options: argparse.Namespace, dtype: str) -> Subject:
         kind = "BeaverTails' lengths" if tokens is None else f"{tokens} tokens each"
         size = model.config.vocab_size
         name = f"{models.display_name(shape)}, {kind}"
-        return Subject(model, name, lambda n: lengths.examples(lengths.chosen(n, tokens), size))
+        return Subject(model, name, lambda n: lengths.random_examples(n, tokens, size))
     if tokens is not None:
         raise ValueError(
             f"tokens must be left out where rows of text are scored, got {tokens}; "

@@ -19,7 +19,6 @@ from benchmarks.harness.plots import Line, Panel, seconds_over
 from benchmarks.harness.rates import copy_bandwidth
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import Record
-from benchmarks.harness.tables import Cells, Table
 from benchmarks.score.run import NAMES, OURS, compare, tests  # noqa: F401, its own too
 from benchmarks.score.work import score_case
 from fastdean.coupling.targets.finding import find_targets
@@ -99,7 +98,9 @@ def run(session: Session) -> int:
     due = [
         point
         for point in points(options.random_model)
-        if (not options.sweep or point.sweep in options.sweep) and not _was_measured(session, point)
+        if (not options.sweep or point.sweep in options.sweep)
+        # Ours has the last turn: it stands for all.
+        and not session.earlier("sweep", {OURS}, {"point": vars(point)}, without_problem=OURS)
     ]
     model, loaded, bandwidth = None, ("", ""), 0.0
     for point in session.due(due, "points"):
@@ -112,16 +113,9 @@ def run(session: Session) -> int:
     return int(session.failed)
 
 
-def _was_measured(session: Session, point: Point) -> bool:
-    # Ours has the last turn: it stands for all.
-    setup = {"point": dict(vars(point))}
-    return bool(session.earlier("sweep", {OURS}, setup, without_problem=OURS))
-
-
 def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float) -> None:
     name = models.display_name(point.shape)
-    chosen = lengths.chosen(point.examples, point.tokens)
-    examples = lengths.examples(chosen, model.config.vocab_size)
+    examples = lengths.random_examples(point.examples, point.tokens, model.config.vocab_size)
     targets = scored_modules(model, point)
     case = score_case(
         model,
@@ -140,7 +134,7 @@ def _measure(session: Session, point: Point, model: nn.Module, bandwidth: float)
     x = point.batch or dict(varied)[point.sweep]
     setup = {"sweep": point.sweep, "x": x, "point": dict(vars(point))}
     case = replace(case, settings={**case.settings, **setup})
-    compare(session, case, examples, bandwidth, session.options.repeats)
+    compare(session, case, examples, bandwidth)
 
 
 def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
@@ -153,19 +147,22 @@ def scored_modules(model: nn.Module, point: Point) -> str | list[str]:
     return [target.name for target in found if target.layer_index >= max(0, lowest)]
 
 
-def _lines(rows: Sequence[Record]) -> tuple[Cells, list[Cells]]:
-    header = [rows[0]["sweep"], "", "seconds (p20 to p80)", "tokens/s", "peak memory"]
-    lines = []
-    for row in sorted(rows, key=lambda row: row["x"]):
-        line = [f"{row['x']:,.0f}", NAMES[row.contender], tables.spread(row)]
-        lines.append([*line, f"{row['tokens_per_s']:.0f}", *tables.memory_and_floor(row)])
-    return [*header, "floor / time"], lines
+def _columns(rows: Sequence[Record]) -> tables.Columns:
+    named = {"": lambda row: NAMES[row.contender]}
+    return {rows[0]["sweep"]: "{x:,.0f}", **named, **tables.TURNS, **tables.PEAK, **tables.FLOOR}
 
 
 # A resumed sweep has several dates: the latest of each point, not of each run.
 _LATEST = ("device", "sweep", "x", "contender")
 _GROUPS = ("device", "sweep")
-TABLE = Table("python -m benchmarks sweep", _LATEST, _GROUPS, _lines, tables.provenance_lines)
+TABLE = tables.Table(
+    "python -m benchmarks sweep",
+    _columns,
+    tables.provenance_lines,
+    _LATEST,
+    _GROUPS,
+    lines=lambda rows: sorted(rows, key=lambda row: row["x"]),
+)
 
 
 def picture(rows: Sequence[Record]) -> list[list[Panel]]:
@@ -177,10 +174,9 @@ def picture(rows: Sequence[Record]) -> list[list[Panel]]:
         lines, floor = seconds_over(group, "x")
         above.append(Panel(title, sweep, "seconds", lines, floor=floor, log="xy"))
         tokens = {row["x"]: row["tokens"] for row in group}
-        rates = [
+        *lines, floor = (
             Line(each.label, each.x, [tokens[x] / y for x, y in zip(each.x, each.y, strict=True)])
             for each in (*lines, floor)
-        ]
-        *lines, floor = rates
+        )
         below.append(Panel("", sweep, "tokens per second", lines, floor=floor, log="x"))
     return [above, below]

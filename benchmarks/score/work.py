@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,11 +54,7 @@ def score_case(
     measured = spread(scored_layers, layers)
     some = [target for target in targets if target.layer_index in measured]
 
-    def ours(chosen: Sequence[Example]) -> Mapping[str, Tensor]:
-        options = {"target_modules": target_modules, "tokens_per_batch": tokens_per_batch}
-        scores = fastdean.score(model, chosen, **options, progress=False)
-        return {parameter: entry.sums for parameter, entry in scores.entries.items()}
-
+    options = {"target_modules": target_modules, "tokens_per_batch": tokens_per_batch}
     part = f"{len(measured)} of {len(scored_layers)} layers"
     every = [
         Contender(
@@ -68,22 +65,15 @@ def score_case(
         ),
         Contender("loop", lambda chosen: loop_sums(model, chosen, targets)),
         Contender("vmap", lambda chosen: vmap_sums(model, chosen, targets, vmap_examples)),
-        Contender("fastdean", ours, ours=True),
+        Contender("fastdean", lambda chosen: our_sums(model, chosen, **options), ours=True),
     ]
     matrices = find_targets(model, "all")
     head = model.get_output_embeddings().weight
     # Of the lowest scored layer and of all above it: what has gradients of activations.
     above = [target for target in matrices if target.layer_index >= scored_layers[0]]
-    tokens = sum(len(example) for example in examples)
-    # Rows that have to predict a target; only these pass through the head.
-    target_tokens = sum(example.num_targets(shift=1) for example in examples)
-    rows = min(tokens, tokens_per_batch or tokens_per_batch_of(model))
-    head_rows = max(1, round(rows * target_tokens / tokens))
-    # Of one batch of `rows`.
-    products: Counter[tuple[str, int, int, int]] = Counter()
+    tokens, target_tokens, rows, products = first_products(model, examples, tokens_per_batch)
     for kind, group in ((FORWARD, matrices), (INPUT_GRADIENT, above), (WEIGHT_GRADIENT, targets)):
         products.update((kind, each.num_outputs, each.num_inputs, rows) for each in group)
-    products.update((kind, *head.shape, head_rows) for kind in (FORWARD, INPUT_GRADIENT))
     entries = [
         sum(target.module.weight.numel() for target in group)
         for group in (matrices, above, targets)
@@ -106,6 +96,24 @@ def score_case(
         products=products,
         contenders=tuple(each for each in every if each.name in contenders),
     )
+
+
+def first_products(
+    model: nn.Module, examples: Sequence[Example], tokens_per_batch: int | None = None
+) -> tuple[int, int, int, Counter[tuple[str, int, int, int]]]:
+    """(tokens, those to predict from, rows of a batch, the head's products of one)."""
+    tokens = sum(map(len, examples))
+    target_tokens = sum(example.num_targets(shift=1) for example in examples)
+    rows = min(tokens, tokens_per_batch or tokens_per_batch_of(model))
+    # Only rows that have to predict a target pass through the head.
+    head_rows = max(1, round(rows * target_tokens / tokens))
+    size = (*model.get_output_embeddings().weight.shape, head_rows)
+    return tokens, target_tokens, rows, Counter((kind, *size) for kind in (FORWARD, INPUT_GRADIENT))
+
+
+def our_sums(model: nn.Module, examples: Sequence[Example], **options: Any) -> Mapping[str, Tensor]:
+    scores = fastdean.score(model, examples, **options, progress=False)
+    return {parameter: entry.sums for parameter, entry in scores.entries.items()}
 
 
 def spread(layers: Sequence[int], count: int) -> list[int]:

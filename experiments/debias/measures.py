@@ -16,14 +16,11 @@ from fastdean.data.sources import load_rows, load_table
 from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.texts import embedded_neutral_words
 from fastdean.evaluation import bias, glue
-from fastdean.evaluation.bias.bbq import bbq_rows
-from fastdean.evaluation.bias.bec_pro import rows_of as bec_pro_rows
-from fastdean.evaluation.bias.crows_pairs import crows_pairs_rows
 from fastdean.evaluation.bias.rows import benchmark_rows, require_columns
-from fastdean.evaluation.bias.seat import seat_sets
-from fastdean.evaluation.bias.stereoset import stereoset_rows
+from fastdean.evaluation.bias.seat import SETS, seat_sets
 from fastdean.evaluation.bias.winobias import winobias_rows
 from fastdean.evaluation.classifier import fine_tuned_classifier
+from fastdean.jobs.bias.asked import READERS
 from fastdean.jobs.bias.figures import results_of
 
 TRAINING = "training"
@@ -83,7 +80,7 @@ def _read(name: str, source: Any, method: str, limit: int | None) -> Any:
         rows = benchmark_rows(source, split="train")
         return glue.labelled(rows, _PAIR, glue.NLI_LABELS).first(limit)
     if kind == "seat":
-        return dict(sorted(_seat_tests(Path(source).expanduser()).items()))
+        return _seat_tests(Path(source).expanduser())
     return _READERS[kind](source)[:limit]
 
 
@@ -124,26 +121,24 @@ def _gender(rows: Sequence[Mapping[str, Any]], **wanted: str) -> Rows:
 
 
 def _seat_tests(folder: Path) -> dict[str, Any]:
-    found = {path.stem: seat_sets(path) for path in folder.glob("sent-weat*.jsonl")}
-    if not found:
+    files = sorted(folder.glob("sent-weat*.jsonl"))
+    if not files:
         raise ValueError(f"no sent-weat*.jsonl in the folder {str(folder)!r}")
-    keys = ("targ1", "targ2", "attr1", "attr2")
     return {
-        name: {
+        file.stem: {
             key: {"category": category, "examples": examples}
-            for key, category, examples in zip(keys, *test, strict=True)
+            for key, category, examples in zip(SETS, *seat_sets(file), strict=True)
         }
-        for name, test in found.items()
+        for file in files
     }
 
 
 _READERS = {
-    "stereoset": lambda source: _gender(stereoset_rows(source), type="intrasentence"),
-    "crows_pairs": lambda source: _gender(crows_pairs_rows(source)),
-    "winobias": winobias_rows,
-    "bec_pro": lambda source: bec_pro_rows(source or None),
+    **READERS,
+    "stereoset": lambda source: _gender(READERS["stereoset"](source), type="intrasentence"),
+    "crows_pairs": lambda source: _gender(READERS["crows_pairs"](source)),
+    "bec_pro": lambda source: READERS["bec_pro"](source or None),
     "bias_nli": lambda source: benchmark_rows(source) if source else bias.nli_rows(),
-    "bbq": bbq_rows,
 }
 
 

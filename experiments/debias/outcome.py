@@ -127,10 +127,7 @@ def _paired_t(differences: Sequence[float]) -> float | None:
 
 def seeds_for_a_verdict(tests: int) -> int:
     """The fewest whose sign flips can reach the level in a family of so many tests."""
-    seeds = FEWEST
-    while tests * 2.0 ** (1 - seeds) > LEVEL:
-        seeds += 1
-    return seeds
+    return max(FEWEST, 1 + math.ceil(math.log2(tests / LEVEL)))
 
 
 def case(settings: Mapping[str, Any]) -> str:
@@ -170,7 +167,11 @@ def as_markdown(rows: Sequence[Record]) -> str:
     family, judged = tests_of(columns)
     arms = (BASE, *ARMS)
     shown = [
-        [column.title(name), *(_mean(column, arm) for arm in arms), _paper(settings, name)]
+        [
+            column.title(name),
+            *(_mean(column, arm) for arm in arms),
+            FIGURES.get((settings["method"], name), ""),
+        ]
         for name, column in columns.items()
     ]
     tested = [
@@ -183,15 +184,14 @@ def as_markdown(rows: Sequence[Record]) -> str:
         ]
         for (name, other), found in judged.items()
     ]
+    against = ["column", "against", "difference", "p, paired t", "p, sign flips", "verdict"]
     parts = [
         f"# {markdown.text(rows[-1].case)}",
         markdown.text(_summary(judged)),
         _table(["column", *(NAMES[arm] for arm in arms), "the paper"], shown),
         "Means over seeds (their number). Before training only heads depend on the seed.",
         "## Gender words against the other arms, seed by seed",
-        _table(
-            ["column", "against", "difference", "p, paired t", "p, sign flips", "verdict"], tested
-        ),
+        _table(against, tested),
         f"{family.tests} tests are one family: p-values are Holm's, intervals simultaneous "
         "(Bonferroni, Student's t). Where a column has a neutral value, the difference is that of "
         "the distances to it. A verdict takes both the interval and sign flips at p <= 0.05, and "
@@ -251,17 +251,13 @@ def _mean(column: Column, arm: str) -> str:
     return f"{fmean(found):.4g} ({len(found)})"
 
 
-def _paper(settings: Mapping[str, Any], name: str) -> str:
-    return FIGURES.get((settings["method"], name), "")
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Names of models, sources and columns come from others, and stay in their cells."""
+    shown = [list(map(markdown.text, line)) for line in lines]
+    return "\n".join(tables.markdown(list(map(markdown.text, header)), shown))
 
 
 def _interval(found: Mapping[str, Any]) -> str:
     if found["low"] is None:
         return f"{found['mean']:+.4g}"
     return f"{found['mean']:+.4g} [{found['low']:+.4g}, {found['high']:+.4g}]"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Names of models, sources and columns come from others, and stay in their cells."""
-    head, *body = (f"| {' | '.join(map(markdown.text, row))} |" for row in (header, *lines))
-    return "\n".join([head, f"|{' --- |' * len(header)}", *body])

@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import store
-from benchmarks.harness.command import above_zero, model_options, positive
-from benchmarks.harness.gate import test_files
+from benchmarks.harness import command, gate, store
 from benchmarks.harness.session import Session
 from benchmarks.harness.store import say
 from experiments.debias import measures, outcome
-from experiments.debias.figures import Figure, held_out_figures, metrics_of
+from experiments.debias.figures import held_out_figures, metrics_of
 from experiments.debias.measures import TRAINING
 from experiments.debias.settings import MEASURES, PUBLISHED, SEEDS, SHIFT, WARMUP
 from experiments.debias.subject import ARMS, Arm, Subject, load_subject, split_rows, texts_of
@@ -44,8 +43,8 @@ _MOST_HELD_OUT = 512
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    model_options(parser)
-    add, number = parser.add_argument, {"type": positive, "metavar": "N"}
+    command.model_options(parser)
+    add, number = parser.add_argument, {"type": command.positive, "metavar": "N"}
     said = "instead a small masked model, trained first, from scratch: to try the command out"
     add("--masked", action="store_true", help=said)
     add("--pretraining-steps", **number, default=400, help="of --masked")
@@ -59,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     said = "the first so many rows of each source: to try the command out"
     add("--rows", **number, help=said)
     add("--steps", **number, help="optimizer steps in place of the paper's epochs")
-    add("--learning-rate", type=above_zero, metavar="X", help="in place of the paper's")
+    add("--learning-rate", type=command.above_zero, metavar="X", help="in place of the paper's")
     said = "optimizer steps between checkpoints of a training"
     add("--save-every", **number, default=500, help=said)
 
@@ -67,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def tests(options: argparse.Namespace, on_gpu: bool) -> Sequence[str]:
     collapse = ("collapse_regularizer", "collapse_measuring", "collapse_controls")
     columns = [f"bias_{name}" for name in ("stereoset", "crows_pairs", "winobias", "seat")]
-    return test_files(*collapse, *columns, "bias_bec_pro", "bias_nli", "glue", "fine_tune")
+    return gate.test_files(*collapse, *columns, "bias_bec_pro", "bias_nli", "glue", "fine_tune")
 
 
 def require(options: argparse.Namespace) -> None:
@@ -169,7 +168,6 @@ class _Study:
         }
         rows = self._data[TRAINING]
         self._trained, self._held_out = split_rows(rows, most=_MOST_HELD_OUT)
-        self._subject: Subject | None = None
         self.settings = self._settings()
 
     def estimate(self) -> list[str]:
@@ -207,7 +205,7 @@ class _Study:
 
     def append(self, arm: Arm, due: Sequence[str]) -> None:
         """Train, and take what is due; the checkpoint goes when all of it is recorded."""
-        subject, settings = self._loaded(), self.settings
+        subject, settings = self._subject, self.settings
         say(f"{arm.name}, seed {arm.seed}")
         classes = None
         if arm.name == outcome.BASE:
@@ -228,7 +226,12 @@ class _Study:
         for name in self._session.due(due, "measures"):
             say(f"  {name}")
             setup = self._setup(arm, name) | told
-            parts = {"setup": setup, "metrics": metrics_of(self._figures(subject, arm, name))}
+            if name == _HELD_OUT:
+                figures = held_out_figures(subject)
+            else:
+                model, tokenizer = subject.model, subject.tokenizer
+                figures = measures.taken(name, self._data, model, tokenizer, arm.seed)
+            parts = {"setup": setup, "metrics": metrics_of(figures)}
             self._session.append(OP, outcome.case(settings), arm.name, **parts)
             if name == due[-1]:
                 self.forget(arm)
@@ -253,23 +256,17 @@ class _Study:
             write_text_atomic(out / f"{OP}.json", outcome.as_json(rows) + "\n")
             print(text)
 
-    def _loaded(self) -> Subject:
-        if self._subject is None:
-            options, heard = self._options, []
-            if options.masked:
-                leaves = _leaves([*self._data.values()])
-                heard = [leaf for leaf in leaves if isinstance(leaf, str)]
-            # Measured as text, whatever is trained on.
-            held_out = [{"text": text} for text in texts_of(self._held_out)]
-            subject = load_subject(options, self._trained, held_out, heard, shift=SHIFT.value)
-            require_method(subject.model, options.method)
-            self._subject = subject
-        return self._subject
-
-    def _figures(self, subject: Subject, arm: Arm, name: str) -> dict[str, Figure]:
-        if name == _HELD_OUT:
-            return held_out_figures(subject)
-        return measures.taken(name, self._data, subject.model, subject.tokenizer, arm.seed)
+    @cached_property
+    def _subject(self) -> Subject:
+        options, heard = self._options, []
+        if options.masked:
+            leaves = _leaves([*self._data.values()])
+            heard = [leaf for leaf in leaves if isinstance(leaf, str)]
+        # Measured as text, whatever is trained on.
+        held_out = [{"text": text} for text in texts_of(self._held_out)]
+        subject = load_subject(options, self._trained, held_out, heard, SHIFT.value)
+        require_method(subject.model, options.method)
+        return subject
 
     def _settings(self) -> dict[str, Any]:
         options = self._options
@@ -280,11 +277,8 @@ class _Study:
         # Two models may have one name; of a hub id there are no files to tell them apart.
         place = options.gguf or options.model
         files = None if place is None or options.masked else model_files_digest(str(place))
-        own = {
-            name: value
-            for name in ("learning_rate", "steps", "rows")
-            if (value := getattr(options, name)) is not None
-        }
+        own = {name: getattr(options, name) for name in ("learning_rate", "steps", "rows")}
+        own = {name: value for name, value in own.items() if value is not None}
         # Where the paper's text is known by its hub id.
         given = ["data"] if published["data"] and self._is_given else []
         return {

@@ -111,14 +111,12 @@ def load_subject(
     options: argparse.Namespace,
     trained: Sequence[dict[str, str]],
     held_out: Sequence[dict[str, str]],
-    heard: Sequence[str] = (),
-    **described: Any,
+    heard: Sequence[str],
+    shift: str,
 ) -> Subject:
     """`--masked`: the encoder trained here; else `--model`, else the GGUF file.
 
-    Args:
-        heard: texts whose words the encoder trained here has to know too.
-        described: other attributes of the subject.
+    `heard`: texts whose words the encoder trained here has to know too.
     """
     device = torch.device(options.device)
     if options.masked:
@@ -133,7 +131,7 @@ def load_subject(
         found = models.load_model(options.model, options.gguf, torch.float32, device)
         model, tokenizer, name = found
     model.requires_grad_(True)
-    return Subject(model, tokenizer, name, trained, held_out, **described)
+    return Subject(model, tokenizer, name, trained, held_out, shift)
 
 
 def texts_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

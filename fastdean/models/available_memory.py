@@ -58,6 +58,11 @@ def resident_memory() -> int | None:
     return next(_field(_STATUS, "VmRSS"), None)
 
 
+def anonymous_memory() -> int | None:
+    """As `resident_memory`, without mapped pages of files."""
+    return next(_field(_STATUS, "RssAnon"), None)
+
+
 def give_back_freed(device: torch.device) -> None:
     """Give memory that was freed on a CPU back to the system, where its allocator can (glibc).
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from contextlib import redirect_stdout
 
 import pytest
+import tiny_data
 import torch
 from oracle import norm_error, weight_importance
 from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
@@ -16,19 +15,7 @@ from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, VOCAB, gpt2, llama
 from benchmarks.__main__ import main
 from benchmarks.harness import environment, models, profile, store, tables
 from benchmarks.harness.profile import Launch
-from benchmarks.score import (
-    agreement,
-    growth,
-    mixture,
-    order_once,
-    orders,
-    run,
-    streamed,
-    streamed_once,
-    subject,
-    sweep,
-    work,
-)
+from benchmarks.score import agreement, growth, mixture, orders, run, streamed, subject, sweep, work
 from fastdean.data.examples import Example
 
 CPU = torch.device("cpu")
@@ -37,15 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_benchmarks")
 
 
 def make_examples(lengths=(7, 3, 12, 5)):
-    """The first two tokens are the prompt, the others targets."""
-    generator = torch.Generator().manual_seed(3)
-    examples = []
-    for length in lengths:
-        ids = torch.randint(3, VOCAB, (length,), generator=generator)
-        labels = ids.clone()
-        labels[:2] = -100
-        examples.append(Example(ids, labels))
-    return examples
+    return [Example(*pair) for pair in tiny_data.make_examples(3, lengths)]
 
 
 class Tokenizer:
@@ -121,7 +100,8 @@ def test_the_floor_of_the_tiny_model_by_hand():
     # q and o are square, k and v have half the heads.
     attention, mlp, head = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 64, 96 * 32
     assert (HIDDEN, INTERMEDIATE, LAYERS, VOCAB) == (32, 64, 2, 96)
-    tokens, target_tokens = 27, 27 - 4 * 2
+    # A third of each is prompt.
+    tokens, target_tokens = 27, 27 - (2 + 1 + 4 + 1)
     assert (case.setup["tokens"], case.setup["target_tokens"]) == (tokens, target_tokens)
     layers = 2 * (attention + mlp)
     weights = 2 * 2 * mlp * tokens
@@ -200,12 +180,8 @@ def test_score_appends_one_complete_record_per_contender_and_dtype(benchmark, tm
 def test_agreement_compares_bf16_with_fp32_and_fastdean_with_the_loop(benchmark, tmp_path, capsys):
     assert benchmark("agreement", "--examples", "3") == 0
     loop, *rounded = store.read(tmp_path, "agreement")
-    assert (loop["reference"], loop.contender, loop["k"]) == (
-        "loop fp32",
-        "fastdean fp32",
-        [256] * 2,
-    )
-    assert loop["kept"] > 0.99 and loop["matrices"] == 6
+    assert (loop["reference"], loop.contender) == ("loop fp32", "fastdean fp32")
+    assert loop["k"] == [256, 256] and loop["kept"] > 0.99 and loop["matrices"] == 6
     # 2048 weights in a matrix: 1e-5 and 1e-4 of them is none, 1e-3 is two.
     assert [(row["ratio"], row["k"]) for row in rounded] == [(1e-3, [2, 2])]
     printed = capsys.readouterr().out
@@ -362,22 +338,18 @@ def test_every_kernel_of_ours_has_a_group():
 # Orders.
 
 
-def run_here(module, asked):
-    """A process would take longer to import torch than to score."""
-
-    def here(command):
-        asked.append(json.loads(command[-1]))
-        said = io.StringIO()
-        with redirect_stdout(said):
-            module.main(command[-1])
-        return said.getvalue()
-
-    return here
+@pytest.fixture
+def asked(monkeypatch):
+    """What processes were asked for; a new one would take longer to import torch than to score."""
+    seen = []
+    for module in (orders, streamed):
+        monkeypatch.setattr(
+            module, "apart", lambda function, *given: seen.append(given) or function(*given)
+        )
+    return seen
 
 
-def test_a_streamed_checkpoint_is_recorded_with_its_memory(benchmark, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(streamed, "finished", run_here(streamed_once, asked))
+def test_a_streamed_checkpoint_is_recorded_with_its_memory(benchmark, tmp_path, asked):
     chosen = ("streamed", "--shape", "toy", "--examples", "2", "--keep-top", "0.01")
     # A folder that is not there yet is made.
     folder = tmp_path / "no" / "disk"
@@ -392,20 +364,17 @@ def test_a_streamed_checkpoint_is_recorded_with_its_memory(benchmark, tmp_path, 
     assert not list(folder.iterdir())
 
 
-def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(orders, "finished", run_here(order_once, asked))
+def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, asked):
     chosen = ("orders", "--random-model", "toy", "--tokens", "12", "--examples", "2")
     scratch = tmp_path / "scratch"
-    scratch.mkdir()
     assert benchmark(*chosen, "--repeats", "1", "--folder", str(scratch)) == 0
     rows = read(tmp_path, "orders")
     names = ["batches", "layers", "layers, files", "layers, streamed"]
     assert contenders(rows) == names
-    assert [(each["options"]["order"], each["streamed"]) for each in asked] == [
-        ("batches", False), ("layers", False), ("layers", False), ("layers", True),
+    assert [(o["order"], streamed, o["states"] == "device") for _, streamed, _, o in asked] == [
+        ("batches", False, True), ("layers", False, True), ("layers", False, False),
+        ("layers", True, False),
     ]  # fmt: skip
-    assert [each["options"]["states"] == "device" for each in asked] == [True, True, False, False]
     batches, *layers = rows
     assert all(row["tokens"] == 3 * 2 * 12 and row["median_s"] > 0 for row in rows)
     # A forward more through the matrices of both layers.
@@ -416,12 +385,9 @@ def test_the_orders_take_turns_on_the_same_examples(benchmark, tmp_path, monkeyp
     assert not list(scratch.iterdir())
 
 
-def test_growth_varies_one_thing_at_a_time(benchmark, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(orders, "finished", run_here(order_once, asked))
+def test_growth_varies_one_thing_at_a_time(benchmark, tmp_path, monkeypatch, asked):
     monkeypatch.setattr(growth, "_VARIED_TOY", {"layers": (3,), "examples": (3,), "hidden": (64,)})
     scratch = tmp_path / "scratch"
-    scratch.mkdir()
     chosen = ("growth", "--toy", "--folder", str(scratch))
     assert benchmark(*chosen) == 0
     rows = read(tmp_path, "growth")

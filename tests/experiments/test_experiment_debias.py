@@ -8,6 +8,7 @@ import pytest
 import tiny_words
 import torch
 from scipy import stats
+from tiny_folders import write_jsonl
 from tiny_models import bert, llama
 
 from benchmarks.harness import environment, models, store
@@ -23,12 +24,6 @@ ROWS = [{"text": text} for text in tiny_words.TEXTS]
 ARMS = ["base", "none", "words", "random", "frequency"]
 
 pytestmark = pytest.mark.usefixtures("quick_benchmarks")
-
-
-def written(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -62,15 +57,16 @@ def files(tmp_path):
     ]
     snli = [{**row, "label": label} for label in (0, 1, 2, -1) for row in nli]
     glue = [{"sentence": text, "label": n % 2} for n, text in enumerate(tiny_words.TEXTS[:6])]
+    for folder in ("glue", "seat"):
+        (tmp_path / folder).mkdir()
     for part in ("train", "validation"):
-        written(tmp_path / "glue" / f"cola-{part}.jsonl", glue)
-    (tmp_path / "seat").mkdir()
+        write_jsonl(tmp_path / "glue" / f"cola-{part}.jsonl", glue)
     (tmp_path / "seat" / "sent-weat6.jsonl").write_text(json.dumps(seat))
     found = {
         "training": ROWS, "crows_pairs": crows, "stereoset": [stereo], "winobias": wino,
         "bec_pro": bec, "bias_nli": nli, "snli": snli,
     }  # fmt: skip
-    places = {name: written(tmp_path / f"{name}.jsonl", rows) for name, rows in found.items()}
+    places = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in found.items()}
     return places | {"seat": tmp_path / "seat", "glue": tmp_path / "glue"}
 
 
@@ -158,9 +154,8 @@ def test_sources_that_are_missing_are_named_all_at_once_before_anything_is_loade
     given = {name: path for name, path in files.items() if name not in ("seat", "snli")}
     assert command(given={**given, "crows_pairs": tmp_path / "no.csv"}, method="adept") == 2
     error = capsys.readouterr().err
-    assert (
-        "source must be readable for each of training," in error and "got 3 that are not" in error
-    )
+    assert "source must be readable for each of training," in error
+    assert "got 3 that are not" in error
     assert "crows_pairs (" in error and "seat (no hub id is known: SEAT, a folder of" in error
     assert "snli (source 'stanfordnlp/snli' must be a file or a reachable data set" in error
     del given["training"]
@@ -189,7 +184,7 @@ def test_an_interrupt_is_one_line(command, monkeypatch, capsys):
 
 def test_each_method_trains_on_what_it_reads(files, tmp_path):
     pairs = [{"premise": "a", "hypothesis": "b", "label": label} for label in (0, 1, "entailment")]
-    path = str(written(tmp_path / "pairs.jsonl", pairs))
+    path = str(write_jsonl(tmp_path / "pairs.jsonl", pairs))
     assert measures._training_rows("mabel", [path, path]) == [
         {"premise": "a", "hypothesis": "b"}
     ] * 4  # fmt: skip

@@ -47,7 +47,7 @@ MEASURES: dict[str, tuple[Callable[..., Any], bool]] = {
     "over_refusal": (over_refusal, False),
 }
 # Name -> what reads its source, before there is a model.
-_READERS: dict[str, Callable[[str], object]] = {
+READERS: dict[str, Callable[[str], object]] = {
     "crows_pairs": crows_pairs_rows,
     "stereoset": stereoset_rows,
     "winobias": winobias_rows,
@@ -130,7 +130,7 @@ def require_readable(asked: Sequence[str]) -> None:
             )
         if source is not None and file.exists():
             with named(f"bias {entry!r}", "source"):
-                _READERS[name](source)
+                READERS[name](source)
 
 
 def require_start(asked: Sequence[str], start: str | int, model: nn.Module, tokenizer: Any) -> None:
