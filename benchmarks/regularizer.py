@@ -35,7 +35,8 @@ from fastdean.data.batching import plan_batches
 from fastdean.data.examples import Example
 from fastdean.data.sources import load_rows
 from fastdean.debias import mask_tokens
-from fastdean.models.forward import exact_layout, tokens_per_batch_of
+from fastdean.models.batch_size import tokens_per_batch_of
+from fastdean.models.exact_layout import exact_layout
 from fastdean.models.model_state import evaluation_state
 
 ARCHITECTURES = ("causal", "masked")

@@ -26,7 +26,7 @@ from benchmarks.score.run import OURS, compare
 from benchmarks.score.work import first_products, our_sums
 from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import IGNORE_INDEX, Example
-from fastdean.models.forward import tokens_per_batch_of
+from fastdean.models.batch_size import tokens_per_batch_of
 from fastdean.models.model_state import frozen, undone
 
 PLAIN = "forward and backward"

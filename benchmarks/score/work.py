@@ -18,7 +18,7 @@ from benchmarks.harness.rates import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 from benchmarks.score.baselines import loop_sums, published_sums, vmap_sums
 from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.examples import Example
-from fastdean.models.forward import tokens_per_batch_of
+from fastdean.models.batch_size import tokens_per_batch_of
 
 NAMES = ("published", "loop", "vmap", "fastdean")
 

@@ -12,7 +12,7 @@ from experiments.debias.subject import Subject
 from fastdean.collapse import collapse_metrics
 from fastdean.data.examples import IGNORE_INDEX, Example, encode
 from fastdean.evaluation import perplexity
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 
 UNC3, NC3 = "(U)NC3, std", "NC3, mean"
 PERPLEXITY, MASKED_LOSS = "perplexity of held-out text", "masked loss of held-out text"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.matching import at_offset
 from fastdean.data.examples import IGNORE_INDEX
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import unwrap
 
 Shift = Literal["next", "same", "published"]

@@ -37,7 +37,7 @@ from fastdean.collapse.representations import (
 )
 from fastdean.data.examples import IGNORE_INDEX
 from fastdean.files.declared import Anything, Maps, Record, require
-from fastdean.models.forward import label_shift_of_class
+from fastdean.models.label_shift import label_shift_of_class
 from fastdean.models.model_state import unwrap
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.sharded import left_sharded

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastdean.data.batching import Batch
 from fastdean.data.examples import Example
-from fastdean.models.forward import usual_starts
+from fastdean.models.fitting import usual_starts
 from fastdean.models.probes import numbers_from, undisturbed
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.sharded import left_sharded, units_of

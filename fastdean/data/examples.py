@@ -37,7 +37,7 @@ class Example:
         columns: what else the loader gave for each token, name -> int64 or bool [T] on the CPU:
             `token_type_ids`, `position_ids` and others. `attention_mask` is among them where it
             hides a token between others, and beside `position_ids`. A model is given those that
-            its forward names (`fastdean.models.forward.fitted`).
+            its forward names (`fastdean.models.fitting.fitted`).
         not_carried: names of what the loader gave in another form (pictures, text). A model whose
             forward names one of them is refused.
         rendered: how it became tokens: one of `TEMPLATES`, "text", or "tokens" where it came so.

@@ -33,7 +33,7 @@ from fastdean.debias.texts import (
     texts_of,
 )
 from fastdean.models.adapters import base_model
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
 
 _FISHER_BATCHES = 8

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import evaluation_state, input_device, unwrap
 from fastdean.wording.doing import titled
 from fastdean.wording.mendable import StateError

@@ -20,7 +20,8 @@ from fastdean.evaluation.intervals import (
     mean_interval,
     share_change_interval,
 )
-from fastdean.models.forward import label_shift, target_log_likelihood
+from fastdean.models.forward import target_log_likelihood
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import unwrap
 from fastdean.wording.doing import titled
 

@@ -21,7 +21,8 @@ from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.result import BiasResult, Figures, mean_result, members
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows
 from fastdean.evaluation.hidden_states import prompts_only
-from fastdean.models.forward import label_shift, target_log_likelihood
+from fastdean.models.forward import target_log_likelihood
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import unwrap
 from fastdean.wording.doing import titled
 

@@ -19,7 +19,7 @@ from fastdean.data.examples import Example, encode
 from fastdean.data.skipped import Skipped
 from fastdean.data.sources import BadRow, asks_the_hub, numbered_rows, sample_rows
 from fastdean.files.hub import is_unreachable
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import max_tokens
 from fastdean.wording.log import logger
 

@@ -1031,16 +1031,16 @@ def test_a_way_round_a_folder_that_is_not_there_leads_to_the_same_one(place, tmp
 def test_a_terminated_patch_leaves_nothing(run_folder, tmp_path, ignored, number, exit_code):
     code = f"""
         import os, signal, sys
-        from fastdean.masks import checkpoint
+        from fastdean.masks import patched_copy
         from fastdean import cli
         # As a terminal starts its programs: whoever runs the tests may ignore the signal.
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.{ignored}, signal.SIG_IGN)
-        copy = checkpoint._copy_file
+        copy = patched_copy._copy_file
         def copy_file(*arguments):
             os.kill(os.getpid(), signal.{number})
             copy(*arguments)
-        checkpoint._copy_file = copy_file
+        patched_copy._copy_file = copy_file
         sys.argv = ["fastdean", *sys.argv[1:]]
         cli.main()
     """

@@ -20,10 +20,10 @@ from fastdean.coupling.resuming import resumable
 from fastdean.coupling.sums.accumulators import all_sums_bytes, split_by_memory, sums_bytes
 from fastdean.coupling.targets.finding import find_targets
 from fastdean.data.batching import default_tokens_per_batch
+from fastdean.models.batch_size import _stacks_of
 from fastdean.models.experts import products as expert_products
 from fastdean.models.experts.fused import fused_experts
 from fastdean.models.experts.products import NAME, listening_to_experts
-from fastdean.models.forward import _stacks_of
 from fastdean.wording.mendable import StateError
 
 # Ordinary; transposed with biases, interleaved and clamped; rows by expert; without a gate.

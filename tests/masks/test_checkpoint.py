@@ -17,7 +17,7 @@ from tiny_experts import experts_model
 
 import fastdean
 from fastdean.files import safetensors as safetensors_files
-from fastdean.masks import MaskEntry, NeuronMask, checkpoint
+from fastdean.masks import MaskEntry, NeuronMask, checkpoint, patch_plan, patched_copy
 from fastdean.models.experts import fused_tensors
 
 PLACES = {
@@ -277,7 +277,7 @@ def test_experts_that_no_rule_finds_are_refused_by_name(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "source")
     mask = mask_of(model, ["model.layers.0.mlp.experts.gate_up_proj"])
     made = fused_tensors.FusedTensor(reason="made by Interleave of the file's tensors")
-    monkeypatch.setattr(checkpoint, "fused_tensors", lambda *_: dict.fromkeys(mask.names, made))
+    monkeypatch.setattr(patch_plan, "fused_tensors", lambda *_: dict.fromkeys(mask.names, made))
     text = r"'model.layers.0.mlp.experts.gate_up_proj' \(made by Interleave"
     refuse(tmp_path / "source", mask, tmp_path / "out", text)
 
@@ -564,13 +564,13 @@ def test_every_file_is_read_twice_and_listed(tmp_path, simple, monkeypatch):
 def test_nothing_private_is_open_to_others_while_it_is_copied(tmp_path, simple, monkeypatch):
     source, _, mask = simple
     (source / "model.safetensors").chmod(0o600)
-    seen, real = [], checkpoint._copy_file
+    seen, real = [], patched_copy._copy_file
 
     def copy_file(file, target, patch):
         seen.append(target.parent.stat().st_mode & 0o077)
         real(file, target, patch)
 
-    monkeypatch.setattr(checkpoint, "_copy_file", copy_file)
+    monkeypatch.setattr(patched_copy, "_copy_file", copy_file)
     fastdean.patch_checkpoint(source, mask, tmp_path / "out")
     assert set(seen) == {0}
 
@@ -616,14 +616,14 @@ def test_modes_are_those_of_the_source(tmp_path, simple, mode):
 )
 def test_interrupted_copy_leaves_nothing(tmp_path, simple, monkeypatch, error):
     source, _, mask = simple
-    real, copied = checkpoint._copy_file, []
+    real, copied = patched_copy._copy_file, []
 
     def copy_file(file, target, patch):
         if copied:
             raise error
         copied.append(real(file, target, patch))
 
-    monkeypatch.setattr(checkpoint, "_copy_file", copy_file)
+    monkeypatch.setattr(patched_copy, "_copy_file", copy_file)
     refuse(source, mask, tmp_path / "out", None, error=type(error))
     assert len(copied) == 1
 
@@ -657,13 +657,13 @@ def after_copying(monkeypatch):
     """Have `act(source file, its copy)` called each time a file has been copied."""
 
     def install(act):
-        real = checkpoint._copy_file
+        real = patched_copy._copy_file
 
         def copy_file(file, target, patch):
             real(file, target, patch)
             act(file, target)
 
-        monkeypatch.setattr(checkpoint, "_copy_file", copy_file)
+        monkeypatch.setattr(patched_copy, "_copy_file", copy_file)
 
     return install
 
@@ -697,7 +697,7 @@ def test_a_flipped_bit_anywhere_in_the_copy_is_found(
 ):
     source, _, mask = simple
     (source / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(patched_copy, "_BLOCK_BYTES", 64)
     after_copying(lambda file, target: flip(target, at) if file.name == name else None)
     refuse(source, mask, tmp_path / "out", "could not be verified", error=RuntimeError)
 
@@ -713,7 +713,7 @@ def test_a_source_that_changes_while_it_is_copied_is_found(tmp_path, simple, aft
 @pytest.mark.parametrize("change", ["masked value", "length"])
 def test_a_source_that_changes_before_it_is_copied_is_found(tmp_path, simple, monkeypatch, change):
     source, _, mask = simple
-    real = checkpoint._copy_patched
+    real = checkpoint.copy_patched
 
     def copy_patched(*arguments):
         file = source / "model.safetensors"
@@ -724,7 +724,7 @@ def test_a_source_that_changes_before_it_is_copied_is_found(tmp_path, simple, mo
             flip(file, tensor.offset + 4)
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_copy_patched", copy_patched)
+    monkeypatch.setattr(checkpoint, "copy_patched", copy_patched)
     with pytest.raises(RuntimeError, match="model.safetensors changed while it was copied; try ag"):
         fastdean.patch_checkpoint(source, mask, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -734,7 +734,7 @@ def test_a_source_that_changes_before_it_is_copied_is_found(tmp_path, simple, mo
 def test_masked_values_may_lie_across_blocks(tmp_path, simple, monkeypatch, block_bytes):
     source, tensors, _ = simple
     mask = tensor_mask(tensors, scale=0.5)
-    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(patched_copy, "_BLOCK_BYTES", block_bytes)
     fastdean.patch_checkpoint(source, mask, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in tensors.items():

@@ -20,7 +20,8 @@ from fastdean.models.attention.packed import (
     segment_attention,
 )
 from fastdean.models.attention.segment_products import Segments
-from fastdean.models.forward import exact_layout, prepare_batches, target_log_likelihood
+from fastdean.models.exact_layout import exact_layout
+from fastdean.models.forward import prepare_batches, target_log_likelihood
 
 LENGTHS = (7, 11, 3, 9, 1)
 _SHAPE = {

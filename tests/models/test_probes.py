@@ -15,7 +15,9 @@ from fastdean.data.batching import plan_batches
 from fastdean.data.examples import Example
 from fastdean.evaluation import last_token_states, perplexity
 from fastdean.models import probes
-from fastdean.models.forward import exact_layout, fitted, label_shift
+from fastdean.models.exact_layout import exact_layout
+from fastdean.models.fitting import fitted
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import max_tokens
 from fastdean.models.probes import numbers_from, padding_is_exact, sees_ahead, sees_back
 

@@ -15,8 +15,8 @@ from math import exp
 import torch
 from torch import Tensor, nn
 
+from fastdean.models.batch_size import matrices_of
 from fastdean.models.experts.fused import chosen_experts
-from fastdean.models.forward import matrices_of
 from fastdean.models.hooks import has_hooks
 from fastdean.models.model_state import config_entry, text_config
 from fastdean.models.ranks.sharded import units_of

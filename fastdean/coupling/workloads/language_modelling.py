@@ -17,16 +17,11 @@ from fastdean.data.example_digests import digest, examples_digest
 from fastdean.data.examples import Example, numbered_examples
 from fastdean.data.rendering import describe_rendering, rendering_cautions
 from fastdean.data.skipped import Skipped
-from fastdean.models.forward import (
-    attention_for,
-    exact_layout,
-    fitted,
-    label_shift,
-    require_positions,
-    target_logits,
-    target_losses,
-    tokens_per_batch_of,
-)
+from fastdean.models.batch_size import tokens_per_batch_of
+from fastdean.models.exact_layout import exact_layout
+from fastdean.models.fitting import fitted, require_positions
+from fastdean.models.forward import attention_for, target_logits, target_losses
+from fastdean.models.label_shift import label_shift
 from fastdean.wording.log import logger
 
 # An excerpt is to show what depends on the length of a text, and to cost next to nothing.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdean.models.forward import alone_above
+from fastdean.models.exact_layout import alone_above
 from fastdean.models.model_state import (
     evaluation_state,
     input_device,

@@ -13,7 +13,7 @@ from fastdean.data.batching import require_tokens_per_batch
 from fastdean.data.prompts import prompt_row
 from fastdean.data.tokenising import tokenised_prompt
 from fastdean.evaluation.answers.continuing import continued, require_generating, stop_ids
-from fastdean.models.forward import tokens_per_batch_of
+from fastdean.models.batch_size import tokens_per_batch_of
 from fastdean.models.model_state import max_tokens, unwrap
 from fastdean.wording.doing import titled
 from fastdean.wording.numbers import require_whole

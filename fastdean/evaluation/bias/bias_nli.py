@@ -21,7 +21,7 @@ from fastdean.evaluation.bias.occupations import OCCUPATIONS
 from fastdean.evaluation.bias.result import BiasResult, Figures, mean_result, members
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
 from fastdean.evaluation.passes import rows_of_examples
-from fastdean.models.forward import tokens_per_batch_of
+from fastdean.models.batch_size import tokens_per_batch_of
 from fastdean.models.model_state import input_device, unwrap
 
 COLUMNS = ("premise", "hypothesis")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastdean.data.examples import IGNORE_INDEX, Example
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.start import Start, StartToken, start_token
-from fastdean.models.forward import label_shift, target_log_likelihood
+from fastdean.models.forward import target_log_likelihood
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import max_tokens, unwrap
 
 

@@ -28,7 +28,9 @@ from fastdean.evaluation.hidden_states import layer_outputs
 from fastdean.evaluation.intervals import Interval
 from fastdean.evaluation.passes import rows_of_examples
 from fastdean.models.adapters import require_no_prompts
-from fastdean.models.forward import exact_layout, label_shift, tokens_per_batch_of
+from fastdean.models.batch_size import tokens_per_batch_of
+from fastdean.models.exact_layout import exact_layout
+from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import input_device, unwrap
 
 SETS = ("targ1", "targ2", "attr1", "attr2")

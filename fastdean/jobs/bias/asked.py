@@ -21,7 +21,7 @@ from fastdean.evaluation.bias.start import start_token as start_of
 from fastdean.evaluation.bias.stereoset import stereoset_rows
 from fastdean.evaluation.bias.winobias import winobias_rows
 from fastdean.evaluation.over_refusal import benign_rows
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 
 
 def _winobias(model: nn.Module, tokenizer: Any, *source: str, **options: Any) -> Any:

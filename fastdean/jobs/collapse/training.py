@@ -50,8 +50,8 @@ from fastdean.jobs.rows import (
     take_rows,
 )
 from fastdean.jobs.session import Session
-from fastdean.models.forward import label_shift
 from fastdean.models.identity import json_digest
+from fastdean.models.label_shift import label_shift
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.digits import apart
 

@@ -22,7 +22,7 @@ from fastdean.evaluation import (
     response_margins,
 )
 from fastdean.masks import NeuronMask
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 
 # The unbiased estimator of HSIC is not defined on fewer.
 _FEWEST_STATES = 4

@@ -32,7 +32,7 @@ from fastdean.jobs.coupling.comparing import Changes, compared, family_of
 from fastdean.jobs.coupling.figures import Figures, MeasuringSet, figures_of, noted
 from fastdean.jobs.coupling.general_grid import GeneralGrid, grid_table
 from fastdean.masks import NeuronMask
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 
 _PERMUTATIONS = 200
 _HSIC: Mapping[str, Any] = {"estimator": "unbiased", "kernel": "gaussian", "bandwidth": "median"}

@@ -18,7 +18,7 @@ from fastdean.jobs.published import published
 from fastdean.jobs.session import Session
 from fastdean.masks import NeuronMask
 from fastdean.masks.summary import SIGN_COLUMNS
-from fastdean.models.forward import label_shift
+from fastdean.models.label_shift import label_shift
 
 
 def collect(

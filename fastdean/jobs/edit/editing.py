@@ -24,7 +24,8 @@ from fastdean.jobs.edit.edited_card import edited_card
 from fastdean.jobs.edit.source_texts import carry_texts
 from fastdean.jobs.folder import require_free, require_outside
 from fastdean.masks import NeuronMask, edits
-from fastdean.masks.checkpoint import PATCH_NAME, PatchResult, patch_checkpoint, verify_checkpoint
+from fastdean.masks.checkpoint import PatchResult, patch_checkpoint, verify_checkpoint
+from fastdean.masks.patched_copy import PATCH_NAME
 from fastdean.models.loading import DEMO_MODEL, load_model
 from fastdean.wording.nearest import nearest
 

@@ -56,7 +56,7 @@ def batched(
         blocks: of how many blocks the rank makes the sums; a batch has examples of one.
     """
     from fastdean.coupling.layers.needed_memory import Rows
-    from fastdean.models.forward import tokens_per_batch_of
+    from fastdean.models.batch_size import tokens_per_batch_of
 
     most = job.tokens_per_batch or tokens_per_batch_of(model, device)
     of_a_set = len(lengths) // job.sets
@@ -96,8 +96,8 @@ def operations_of(
     split: Split,
 ) -> dict[str, float]:
     """FLOP of each part; matrices, and attention's products of all pairs of an example's tokens."""
+    from fastdean.models.batch_size import matrices_of
     from fastdean.models.experts.fused import chosen_experts
-    from fastdean.models.forward import matrices_of
     from fastdean.models.model_state import config_entry, text_config
 
     config = text_config(model)
