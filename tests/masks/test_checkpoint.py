@@ -763,9 +763,9 @@ def test_only_the_masked_values_are_held(tmp_path, monkeypatch):
             return self.file.read(size)
 
     moved: list[int] = []
-    read_values = checkpoint.read_values
+    read_values = patch_plan.read_values
     monkeypatch.setattr(
-        checkpoint, "read_values", lambda file, *rest: read_values(Counting(file), *rest)
+        patch_plan, "read_values", lambda file, *rest: read_values(Counting(file), *rest)
     )
     tracemalloc.start()
     fastdean.patch_checkpoint(source, mask, tmp_path / "out")
