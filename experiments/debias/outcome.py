@@ -240,6 +240,8 @@ def _sources(settings: Mapping[str, Any]) -> list[list[str]]:
         source = "given on the command line" if is_own else entry.source
         shown = used.get(name, value)
         found.append([name, ", ".join(shown) if name == "data" else str(shown), source])
+    if (commit := settings.get("revision of the model")) is not None:
+        found.append(["revision of the model", commit, "what the hub id stood for"])
     given = [name for name in settings["not the paper's"] if name not in published]
     return [*found, *([name, str(settings[name]), "given on the command line"] for name in given)]
 

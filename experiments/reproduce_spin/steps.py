@@ -38,10 +38,12 @@ from fastdean.coupling import Scores, couple
 from fastdean.data.sources import load_rows, load_table, numbered_rows
 from fastdean.evaluation import perplexity_of_text
 from fastdean.evaluation.ability import task_manager, task_scores
-from fastdean.evaluation.answers.records import ORIGINAL
+from fastdean.evaluation.answers.records import KEY, ORIGINAL, RECORD
 from fastdean.evaluation.answers.server import without_port
 from fastdean.evaluation.over_refusal import benign_rows
 from fastdean.files.declared import Anything, Maps, read_json
+from fastdean.files.hub import cached_commit
+from fastdean.files.lines import Lines
 from fastdean.files.provenance import public_name, versions
 from fastdean.files.storage import is_temporary, write_json_atomic, write_text_atomic
 from fastdean.jobs import Job
@@ -49,7 +51,7 @@ from fastdean.jobs import run as run_job
 from fastdean.jobs.answers import answering, judging
 from fastdean.jobs.answers.job import AnswerJob, JudgeJob
 from fastdean.jobs.answers.judging import asked_judge
-from fastdean.jobs.folder import check_place, require_outside
+from fastdean.jobs.folder import ANSWERS_FILE, RESULTS_FILE, check_place, require_outside
 from fastdean.jobs.session import plain
 from fastdean.masks import NeuronMask
 from fastdean.models.identity import json_digest, model_files_digest
@@ -70,6 +72,8 @@ class Study:
         judges: see `judging.asked_judge`.
         tasks: of lm-eval; maybe none.
         window: tokens, of the perplexity; None: see `perplexity_of_text`.
+        max_length, skip_bad_rows, min_k: of the scored rows and the masks, see `jobs.Job`; bad
+            rows are also questions that leave no room for an answer.
     """
 
     model: str
@@ -85,6 +89,9 @@ class Study:
     window: int | None
     dtype: str
     device: str | None
+    max_length: int | None = None
+    skip_bad_rows: bool = False
+    min_k: int = 0
 
     @property
     def on(self) -> dict[str, Any]:
@@ -149,6 +156,7 @@ def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
     now |= {f"source {name}": source for name, source in study.sources.items()}
     now |= {f"rows of {name}": json_digest(found) for name, found in rows.items()}
     now["files of the model"] = model_files_digest(study.model)
+    now["revision of the model"] = cached_commit(study.model)
     now["fastdean"] = versions()["fastdean"]
     told = f"out must be a new folder or this study's, got {str(study.out)!r}, which"
     study.out.mkdir(parents=True, exist_ok=True)
@@ -163,6 +171,11 @@ def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
         write_json_atomic(file, now)
         lines = (json.dumps(row, ensure_ascii=False) for row in questions(rows))
         write_text_atomic(asked, "".join(f"{line}\n" for line in lines))
+
+
+def revision(study: Study) -> str | None:
+    """The commit of the hub's that the study's model is of; None of a local one."""
+    return read_json(study.out / _STUDY_FILE, Maps(Anything()))["revision of the model"]
 
 
 def require_judges(study: Study) -> None:
@@ -215,6 +228,29 @@ def masks(study: Study) -> dict[str, NeuronMask]:
     }
 
 
+def left_out(study: Study, rows: Mapping[str, Sequence[Any]]) -> tuple[set[int], list[str]]:
+    """The questions that were answered, by their ids, and a sentence on each set of rows left out.
+
+    A study that leaves out none has answers to all.
+    """
+    asked = list(enumerate(questions(rows), start=1))
+    if not study.skip_bad_rows:
+        return {number for number, _ in asked}, []
+    told = []
+    for seed in range(study.seeds):
+        file = study.out / "scored" / str(seed) / RESULTS_FILE
+        for warning in read_json(file, Maps(Anything()))["warnings"]:
+            if warning.startswith(SCORED) and " left out: " in warning:
+                told.append(f"Seed {seed}, {warning}.")
+    records = Lines(study.out / "answers" / ANSWERS_FILE, RECORD, KEY).read()
+    answered = {record["id"] for record in records}
+    for name in ASKED:
+        own = {number for number, row in asked if row["set"] == name}
+        if gone := len(own - answered):
+            told.append(f"{name}: {gone} of {len(own)} questions are left out, too long to answer.")
+    return answered, told
+
+
 def price_file(study: Study, name: str, what: str) -> Path:
     return study.out / "price" / f"{name}-{what}.json"
 
@@ -223,7 +259,7 @@ def _rows(study: Study, name: str) -> list[Any]:
     """Of what is asked the texts, of the running text its parts, of what is scored the rows."""
     source, category = study.sources[name], SOURCES[name].category
     if name in SCORED:
-        return load_rows(source)
+        return load_rows(source, skip_bad_rows=study.skip_bad_rows)
     if name == "text":
         if source.endswith(".txt"):
             return [Path(source).expanduser().read_text("utf-8")]
@@ -234,7 +270,8 @@ def _rows(study: Study, name: str) -> list[Any]:
         taken = [row for row in load_table(source) if row.get("2-category") == category]
         texts = _column(taken, "question")
     else:
-        texts = [row["prompt"] for _, row in numbered_rows(source, prompts=True)]
+        skipped: dict[int, str] | None = {} if study.skip_bad_rows else None
+        texts = [row["prompt"] for _, row in numbered_rows(source, skipped, prompts=True)]
     return texts[: study.questions]
 
 
@@ -252,6 +289,9 @@ def scoring_job(study: Study, seed: int) -> Job:
         examples=study.examples,
         seed=seed,
         ratio=study.ratio,
+        min_k=study.min_k,
+        max_length=study.max_length,
+        skip_bad_rows=study.skip_bad_rows,
         target_modules=TARGET_MODULES,
         template=TEMPLATE,
         # What the table has is measured by the steps that follow.
@@ -273,6 +313,7 @@ def _couple(study: Study, seed: int) -> list[str]:
                 general=scores["general"] if edit.spares else None,
                 ratio=study.ratio,
                 rule=edit.rule,
+                min_k=study.min_k,
                 seed=seed,
             )
         except ValueError as error:
@@ -294,6 +335,7 @@ def _answer(study: Study, progress: bool) -> None:
         mask=tuple(f"{name}={places[name]}" for name, mask in made.items() if len(mask)),
         template=ANSWER_TEMPLATE,
         max_new_tokens=study.max_new_tokens,
+        skip_bad_rows=study.skip_bad_rows,
     )
     _once(answering.run, job, study.out / "answers", progress)
 

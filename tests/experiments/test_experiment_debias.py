@@ -20,6 +20,7 @@ from fastdean.evaluation.classifier import HeadCourse
 from fastdean.files.storage import held
 
 ROWS = [{"text": text} for text in tiny_words.TEXTS]
+COMMIT = "5" * 40
 ARMS = ["base", "none", "words", "random", "frequency"]
 
 pytestmark = pytest.mark.usefixtures("quick_benchmarks")
@@ -79,6 +80,7 @@ def command(tmp_path, monkeypatch, files):
     """The study on a tiny encoder, without the tests before it; heads of one epoch."""
     monkeypatch.setattr(models, "load_model", lambda *a: (bert(), tiny_words.tokenizer(), "tiny"))
     monkeypatch.setattr(run, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(run, "cached_commit", lambda name: COMMIT)
     short = settings.Sourced(HeadCourse(1, 1e-3, 8, 16), "a test")
     for name in ("GLUE_HEAD", "NLI_HEAD"):
         monkeypatch.setattr(measures, name, short)
@@ -136,6 +138,8 @@ def test_the_table_has_every_column_of_every_arm_and_nothing_is_done_twice(
     assert "72.38 with the term" in text and "the paper's settings but for data, steps" in text
     assert "| strength | 100.0 | bec/code/main\\_nc.py" in text
     results = json.loads((tmp_path / "out" / "nc3.json").read_text())
+    assert results["settings"]["revision of the model"] == COMMIT
+    assert f"| revision of the model | {COMMIT} |" in (tmp_path / "out" / "nc3.md").read_text()
     assert results["family"]["tests"] == 3 * len(results["columns"])
     assert all(test["verdict"] == "no verdict from n = 1" for test in results["tests"])
     assert "Verdicts of a change: none. By paired t tests alone" in text

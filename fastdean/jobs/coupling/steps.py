@@ -148,7 +148,7 @@ def _prepare(session: Session[Job]) -> _Prepared:
         bias_asked.require_readable(job.bias)
     digests = {f"{name} rows": split.digest for name, split in rows.items()}
     session.compare({**digests, **benchmark_digests(job.bias)})
-    _require_selection_as_described(job)
+    require_selection_as_described(job)
     opened = RunModel.open(session)
     model, tokenizer = opened.module, opened.tokenizer
     opened.compare(session)
@@ -259,7 +259,7 @@ def _require_selection(sizes: Sequence[int], targets: Sequence[Target], job: Job
     raise nothing_selected_error(job.effective_ratio, largest, job.scope, of_experts=of_experts)
 
 
-def _require_selection_as_described(job: Job) -> None:
+def require_selection_as_described(job: Job) -> None:
     """Refuse a ratio that selects nothing before any weight is read, where the configuration tells.
 
     What a configuration does not describe, or describes otherwise than it is loaded, is left to
