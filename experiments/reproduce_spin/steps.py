@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -44,7 +45,7 @@ from fastdean.evaluation.over_refusal import benign_rows
 from fastdean.files.declared import Anything, Maps, read_json
 from fastdean.files.hub import cached_commit
 from fastdean.files.lines import Lines
-from fastdean.files.provenance import public_name, versions
+from fastdean.files.provenance import versions
 from fastdean.files.storage import is_temporary, write_json_atomic, write_text_atomic
 from fastdean.jobs import Job
 from fastdean.jobs import run as run_job
@@ -56,6 +57,7 @@ from fastdean.jobs.session import plain
 from fastdean.masks import NeuronMask
 from fastdean.models.identity import json_digest, model_files_digest
 from fastdean.models.loading import load_model
+from fastdean.wording.alike import told_together
 from fastdean.wording.mendable import StateError
 from fastdean.wording.printable import error_line
 
@@ -120,17 +122,16 @@ def read_sources(study: Study) -> dict[str, list[Any]]:
     Raises:
         ValueError: sources that cannot be read, all of them in one line.
     """
-    found, missing = {}, []
+    found, missing = {}, {}
     for name in SOURCES:
         try:
             found[name] = _rows(study, name)
         except (ValueError, OSError) as error:
-            missing.append(f"{name} ({error})")
+            missing[name] = error_line(error)
     if missing:
-        flags = " ".join(f"--source {each.partition(' ')[0]}=FILE" for each in missing)
         raise ValueError(
-            f"sources must be readable, got {len(missing)} that are not: {'; '.join(missing)}; "
-            f"pass {flags}"
+            f"sources must be readable, got {len(missing)} that are not: "
+            f"{told_together(missing)}; pass each as --source NAME=FILE"
         )
     return found
 
@@ -182,7 +183,7 @@ def require_judges(study: Study) -> None:
     """Raise ValueError if a judge that has still to work has no model to load."""
     asked = [asked_judge(each) for each in study.judges]
     judging.require_judges(
-        [each for each in asked if not kept.is_finished(_verdicts(study, each.name))]
+        [each for each in asked if not kept.is_finished(verdicts_folder(study, each.name))]
     )
 
 
@@ -198,18 +199,22 @@ def do(study: Study, rows: Mapping[str, Sequence[Any]], progress: bool) -> list[
         A sentence on each control that could not be made.
     """
     notes = []
+    # Scored seeds, answers, each judge, and the price.
+    total = study.seeds + 1 + len(study.judges) + 1
+    parts = (f"part {number} of {total}" for number in count(1))
     for seed in range(study.seeds):
-        _once(run_job, scoring_job(study, seed), study.out / "scored" / str(seed), progress)
+        folder = study.out / "scored" / str(seed)
+        _once(run_job, scoring_job(study, seed), folder, progress, next(parts))
         notes += _couple(study, seed)
-    _answer(study, progress)
+    _answer(study, progress, next(parts))
     wrong = {}
-    for judge in study.judges:
+    for judge, part in zip(study.judges, parts, strict=False):
         try:
-            _judge(study, judge, progress)
+            _judge(study, judge, progress, part)
         except (ValueError, RuntimeError, OSError) as error:
             # One that cannot be loaded leaves the others and the price to be done.
             wrong[asked_judge(judge).name] = error
-    _price(study, rows["text"], progress)
+    _price(study, rows["text"], progress, f"part {total} of {total}")
     if wrong:
         told = "; ".join(f"{name} ({error_line(error)})" for name, error in wrong.items())
         raise StateError(
@@ -325,7 +330,7 @@ def _couple(study: Study, seed: int) -> list[str]:
     return notes
 
 
-def _answer(study: Study, progress: bool) -> None:
+def _answer(study: Study, progress: bool, part: str) -> None:
     made = masks(study)
     places = {state(*each): study.mask(*each) for each in study.states()}
     job = AnswerJob(
@@ -337,7 +342,7 @@ def _answer(study: Study, progress: bool) -> None:
         max_new_tokens=study.max_new_tokens,
         skip_bad_rows=study.skip_bad_rows,
     )
-    _once(answering.run, job, study.out / "answers", progress)
+    _once(answering.run, job, study.out / "answers", progress, part)
 
 
 def verdicts_folder(study: Study, judge: str) -> Path:
@@ -346,15 +351,15 @@ def verdicts_folder(study: Study, judge: str) -> Path:
     return study.out / "verdicts" / (name if name.strip(".") else name.replace(".", "%2E"))
 
 
-def _judge(study: Study, judge: str, progress: bool) -> None:
+def _judge(study: Study, judge: str, progress: bool, part: str) -> None:
     asked = asked_judge(judge)
     folder = verdicts_folder(study, asked.name)
     kept.require_judge(folder, asked, without_port(judge))
     job = JudgeJob(answers=str(study.out / "answers"), judge=(judge,), device=study.device)
-    _once(judging.run, job, folder, progress)
+    _once(judging.run, job, folder, progress, part)
 
 
-def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
+def _price(study: Study, texts: Sequence[str], progress: bool, part: str) -> None:
     """Perplexity and tasks of the model as it came and under every mask, on one load."""
     edits: dict[str, NeuronMask | None] = {ORIGINAL: None}
     edits |= {name: mask for name, mask in masks(study).items() if len(mask)}
@@ -365,8 +370,10 @@ def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
     (study.out / "price").mkdir(exist_ok=True)
     manager = task_manager(study.tasks) if study.tasks else None
     at = {"dtype": study.dtype, "device": study.device, "progress": progress}
+    print(f"{part}: price", flush=True)
     model, tokenizer = load_model(study.model, **at)
-    for name, what in left:
+    for number, (name, what) in enumerate(left, start=1):
+        print(f"{number} of {len(left)}: {what}, {name}", flush=True)
         mask = edits[name]
         with nullcontext() if mask is None else mask.applied(model):
             if what == "perplexity":
@@ -384,17 +391,13 @@ def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
         write_json_atomic(price_file(study, name, what), plain(found))
 
 
-def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool) -> None:
+def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool, part: str) -> None:
     """Do the job, or go on with it, unless it is finished; its model is gone afterwards."""
     if kept.is_finished(folder):
         return
-    print(f"{public_name(str(folder.parent))}/{folder.name}", flush=True)
+    print(f"{part}: {folder.parent.name}/{folder.name}", flush=True)
     folder.parent.mkdir(exist_ok=True)
     run(job, folder, command="make reproduce-spin", progress=progress)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _verdicts(study: Study, judge: str) -> Path:
-    return study.out / "verdicts" / judge

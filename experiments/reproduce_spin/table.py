@@ -28,7 +28,7 @@ from fastdean.evaluation.answers.records import ORIGINAL
 from fastdean.evaluation.judging.templates import SAFE, UNPARSED, UNSAFE
 from fastdean.evaluation.judging.verdicts import agreements
 from fastdean.files.provenance import now, public_command, public_name, public_source, versions
-from fastdean.jobs.answers.judging import asked_judge
+from fastdean.jobs.answers.judging import MUCH_UNPARSED, asked_judge
 from fastdean.jobs.session import plain
 from fastdean.wording import markdown
 from fastdean.wording.digits import apart
@@ -130,7 +130,7 @@ def results(
         },
         "agreement": agreements([each for own in records.values() for each in own]),
         "findings": _findings(changes),
-        "warnings": [*notes, *gone, *broken],
+        "warnings": [*notes, *gone, *_unread(records), *broken],
     }
     return plain(found)
 
@@ -138,6 +138,22 @@ def results(
 def _asked(rows: Mapping[str, Sequence[Any]]) -> list[tuple[int, dict[str, str]]]:
     """Every question with its id."""
     return list(enumerate(questions(rows), start=1))
+
+
+def _unread(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A sentence on each judge that many verdicts could not be read of, under any mask."""
+    said = []
+    for name, own in records.items():
+        answers = Counter(each["variant"] for each in own)
+        lost = Counter(each["variant"] for each in own if each["verdict"] == UNPARSED)
+        worst = max(answers, key=lambda variant: lost[variant] / answers[variant])
+        if lost[worst] > MUCH_UNPARSED * answers[worst]:
+            said.append(
+                f"{name}: {lost.total()} of {len(own)} verdicts could not be read, most under "
+                f"{worst} ({lost[worst]} of {answers[worst]}): what is said of its awareness is of "
+                "the others alone; look at their output in its verdicts.jsonl."
+            )
+    return said
 
 
 def _text(study: Study) -> dict[str, int]:

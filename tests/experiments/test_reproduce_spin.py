@@ -153,8 +153,8 @@ def test_sources_that_are_not_there_are_named_together_before_anything_is_loaded
     arguments = ["--out", str(tmp_path / "x"), *missing]
     assert command.main([*asked, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "got 2 that are not: privacy (" in line and "salad_fairness (" in line
-    assert line.endswith("pass --source privacy=FILE --source salad_fairness=FILE")
+    assert "got 2 that are not: privacy, salad_fairness (source must be an existing file" in line
+    assert line.count("'no.csv'") == 1 and line.endswith("pass each as --source NAME=FILE")
     assert not (tmp_path / "x").exists()
     assert command.main([*asked, "--judge", "phrases"]) == 2
     assert "judge must name each judge once" in capsys.readouterr().err
@@ -248,6 +248,34 @@ def test_the_commit_that_a_hub_id_stood_for_is_kept(asked, tmp_path, monkeypatch
     study = dataclasses.replace(study, out=tmp_path / "out")
     command.steps.open_study(study, command.steps.read_sources(study))
     assert command.steps.revision(study) == commit
+
+
+def test_parts_are_counted_and_nothing_is_announced_that_measures_nothing(asked, tmp_path, capsys):
+    loud = [each for each in asked if each != "--quiet"]
+    few = ["--seeds", "1", "--tasks", "--out", str(tmp_path / "out")]
+    assert command.main([*loud, *few]) == 0
+    printed, steps = capsys.readouterr()
+    parts = [line for line in printed.splitlines() if line.startswith("part ")]
+    names = ("scored/0", "answers", "verdicts/own", "verdicts/phrases", "price")
+    for number, (part, name) in enumerate(zip(parts, names, strict=True), start=1):
+        assert part.startswith(f"part {number} of 5: ") and part.endswith(name)
+    assert "7 of 7: perplexity, unspared-0" in printed
+    assert "fastdean: step 7 of 7, couple" in steps and "measure" not in steps
+    assert "fastdean: step 10 of 10, answers, unspared-0" in steps
+    # The judge that a file and a model make keeps both names, and a source its own.
+    made = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))["command"]
+    assert "--judge own.json=model" in made and "--source=fairness=fairness.jsonl" in made
+
+
+def test_many_verdicts_that_could_not_be_read_are_a_warning():
+    def records(name, lost):
+        kinds = ["unparsed"] * lost + ["safe"] * (30 - lost)
+        return [{"judge": name, "variant": v, "verdict": k} for v in "ab" for k in kinds]
+
+    found = {"own": [*records("own", 0)[:30], *records("own", 10)[30:]], "fine": records("f", 1)}
+    phrases = [{"judge": "phrases", "variant": "a", "verdict": None}]
+    (said,) = table._unread({**found, "phrases": phrases})
+    assert said.startswith("own: 10 of 60 verdicts could not be read, most under b (10 of 30): ")
 
 
 def test_an_interrupt_is_one_line(asked, tmp_path, monkeypatch, capsys):

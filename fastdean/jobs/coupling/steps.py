@@ -107,9 +107,9 @@ def run(
         with session.costs.step("couple"):
             masks, warnings = _couple(scores, model, session)
             grid = _grid(scores, model, session, masks, warnings)
-        tables: dict[str, Any] = {}
+        tables: dict[str, Any] = {} if model is None else {"margins": {}}
         notes: list[str] = []
-        if model is not None:
+        if model is not None and job.measures:
             tables, notes = measure(
                 model,
                 masks,
@@ -308,6 +308,7 @@ def _steps_after_scoring(job: Job, model: RunModel | None) -> int:
     grid = {*(job.general_grid or ())} - {job.effective_ratio}
     models = 1 + len({job.rule, *CONTROLS})
     measuring = models * (1 + len(job.bias) + bool(job.answers)) + len(grid)
+    measuring *= job.measures
     if model is None or model.stream is None:
         return 1 + measuring
     return 1 + model.steps_to_come * (1 + measuring)
