@@ -302,9 +302,21 @@ def test_eight_seeds_that_agree_are_a_verdict_and_five_are_a_t_test():
     five = judged(5)[1][1]["CrowS-Pairs", "none"]
     assert five["verdict"] == "no verdict from n = 5" and five["p_t_holm"] < 1e-5
     assert five["by_t"] == "lower" and against_random["by_t"] is None
+    four = judged(4)[1][1]["CrowS-Pairs", "none"]
+    assert four["p_t_holm"] < 0.05 and four["by_t"] is None
     assert outcome.seeds_for_a_verdict(3) == 8 and outcome.seeds_for_a_verdict(60) == 12
     text = outcome.as_markdown(records(values))
     assert "of a change: CrowS-Pairs: lower. By paired t tests alone" in text
+
+
+def test_seeds_that_are_all_alike_are_not_told_as_certainty():
+    same = [50.0] * 8
+    text = outcome.as_markdown(records({"none": same, "words": same}))
+    assert "| +0 (alike in all 8 seeds) | none | 1 | no effect beyond noise |" in text
+    # The steps that were given take the place of the epochs.
+    settings = {"method": "bec", "data": ["d", "0"], "steps": 4, "not the paper's": ["steps"]}
+    names = [name for name, *_ in outcome._sources(settings)]
+    assert "steps" in names and "epochs" not in names
 
 
 def test_before_training_heads_alone_are_measured_for_every_seed(command, tmp_path):
