@@ -11,7 +11,7 @@ from typing import Any
 from experiments.reproduce_spin.paper import ANSWER_TEMPLATE, ASKED, SCORED, TEMPLATE
 from experiments.reproduce_spin.steps import Study, scoring_job
 from fastdean.data.sources import sample_rows
-from fastdean.evaluation.answers.generation import encoded_prompt
+from fastdean.evaluation.answers.generation import encoded_prompt, require_generating
 from fastdean.jobs.coupling.steps import require_selection_as_described
 from fastdean.jobs.rows import NumberedRow, encode_rows
 from fastdean.models.loading import described_model, load_tokenizer
@@ -32,6 +32,7 @@ def require_possible(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
     except Exception as error:  # Whoever loads the model says what is wrong with it.
         logger.debug("the model is not described before it is loaded: %s", error_line(error))
         return
+    require_generating(model)
     for name in SCORED:
         taken = {} if study.skip_bad_rows else _scored(study, rows[name])
         options = {"template": TEMPLATE, "max_length": study.max_length, "name": name}

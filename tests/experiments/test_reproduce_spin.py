@@ -12,6 +12,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from huggingface_hub import constants
 from tiny_folders import WORDS, save_model, write_jsonl, write_sources
@@ -205,11 +206,13 @@ def test_what_no_step_could_take_is_named_before_the_first_with_advice_that_can_
     monkeypatch.setattr(command.steps, "run_job", lambda *a, **k: pytest.fail("it went on"))
     long, out = with_long_rows(asked, tmp_path), ["--out", str(tmp_path / "out")]
     cut = "cut it with --max-length; or pass --skip-bad-rows to leave such rows out"
+    masked = save_model(tmp_path / "masked", tiny_models.bert)
     known = {each.option_strings[-1] for each in command._parser()._actions}
     for arguments, said in [
         (long, cut),
         ([*long, "--max-length", "100"], "row 3 must leave room for 3 new tokens in the model's"),
         ([*asked, "--ratio", "1e-9"], "of the largest matrix; the smallest that would is"),
+        (["--model", str(masked), *asked[2:]], "--model must be a causal language model"),
         ([*asked, "--ratio", "2"], "ratio must be above 0 and at most 1, got 2"),
     ]:
         for more in ([], ["--estimate"]):
