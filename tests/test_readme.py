@@ -19,7 +19,8 @@ from tiny_checkpoint import save_language_model
 
 import fastdean
 from fastdean.cli import app
-from fastdean.data.sources import PRESETS
+from fastdean.data.sources import PRESETS, load_rows
+from fastdean.jobs.rows import is_pair
 from fastdean.models.loading import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,21 @@ def test_a_model_in_a_command_is_the_demo_s_or_said_to_be_a_placeholder():
 def test_every_command_is_shown_and_every_one_named_exists():
     named = set(re.findall(r"`fastdean ([a-z-]+)", ALL)) | {words[0] for words in commands()}
     assert named == set(typer.main.get_command(app).commands)
+
+
+def test_rows_of_two_files_are_joined_to_pairs_as_the_guide_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("fairness", "privacy"):
+        for kind, prompts in (("safe", "aab"), ("unsafe", "abc")):
+            rows = "".join(f'"{p}, q","{kind} {n}"\n' for n, p in enumerate(prompts))
+            (tmp_path / f"{name}_{kind}.csv").write_text(f"prompt,response\n{rows}", "utf-8")
+    (tmp_path / "fairness_unsafe.csv").write_text('prompt,response\n"b, q",no\n', "utf-8")
+    joined = re.search(r"^python - <<'EOF'\n(import csv\n.*?)^EOF$", ALL, re.DOTALL | re.MULTILINE)
+    exec(compile(joined[1], "guide", "exec"), {})
+    found = [(row["response"], row.get("unsafe")) for row in load_rows("privacy.jsonl")]
+    assert found == [("safe 0", "unsafe 0"), ("safe 1", "unsafe 0"), ("safe 2", "unsafe 1")]
+    # A row without one is a row all the same.
+    assert [is_pair(row) for row in load_rows("fairness.jsonl")] == [False, False, True]
 
 
 def test_options_named_in_the_text_exist():

@@ -22,6 +22,8 @@ from fastdean.evaluation.bias.winobias import winobias_rows
 from fastdean.evaluation.classifier import fine_tuned_classifier
 from fastdean.jobs.bias.asked import READERS
 from fastdean.jobs.bias.figures import results_of
+from fastdean.wording.alike import told_together
+from fastdean.wording.printable import error_line
 
 TRAINING = "training"
 # Intervals over a measure's rows are not shown: those that count here are over seeds.
@@ -52,17 +54,17 @@ def read_all(sources: Mapping[str, Any], method: str, limit: int | None) -> dict
     Raises:
         ValueError: naming each source that is not given or cannot be read.
     """
-    found, missing = {}, []
+    found, missing = {}, {}
     for name, source in sources.items():
         try:
             found[name] = _read(name, source, method, limit)
         except (ValueError, TypeError, OSError) as error:
-            missing.append(f"{name} ({error})")
+            missing[name] = error_line(error)
     if missing:
         raise ValueError(
             f"source must be readable for each of {', '.join(sources)}, got {len(missing)} that "
-            f"are not: {'; '.join(missing)}; give each as --source NAME=FILE, or leave its measure "
-            "out with --without NAME"
+            f"are not: {told_together(missing)}; give each as --source NAME=FILE, or leave its "
+            "measure out with --without NAME"
         )
     return found
 

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 from benchmarks.harness import store, tables
 from benchmarks.harness.store import Record
 from benchmarks.harness.tables import NOT_MEASURED
-from experiments.debias.settings import FIGURES, GLUE_HEAD, NLI_HEAD, PUBLISHED, SHIFT, WARMUP
+from experiments.debias.settings import (
+    FIGURES,
+    GLUE_HEAD,
+    NLI_HEAD,
+    PUBLISHED,
+    SEEDS,
+    SHIFT,
+    WARMUP,
+)
 from experiments.debias.subject import ARMS
 from fastdean.evaluation import Family, holm, mean_interval
 from fastdean.files.provenance import public_source
@@ -110,7 +118,9 @@ def tests_of(columns: Mapping[str, Column]) -> tuple[Family, dict[tuple[str, str
         lower, higher = (LOWER, HIGHER) if neutral is None else (CLOSER, FARTHER)
         entry["verdict"] = reworded(entry["verdict"], lower, higher)
         told = lower if entry["mean"] < 0 else higher
-        entry["by_t"] = told if p is not None and p <= LEVEL else None
+        # Of fewer seeds nobody can see whether their differences are anywhere near normal.
+        by_t = p is not None and p <= LEVEL and entry["seeds"] >= SEEDS.value
+        entry["by_t"] = told if by_t else None
     return family, judged
 
 
@@ -195,8 +205,8 @@ def as_markdown(rows: Sequence[Record]) -> str:
         f"{family.tests} tests are one family: p-values are Holm's, intervals simultaneous "
         "(Bonferroni, Student's t). Where a column has a neutral value, the difference is that of "
         "the distances to it. A verdict takes both the interval and sign flips at p <= 0.05, and "
-        f"so {seeds_for_a_verdict(family.tests)} seeds in this table. Paired t tests need fewer "
-        "and assume normal differences.",
+        f"so {seeds_for_a_verdict(family.tests)} seeds in this table. Paired t tests claim "
+        f"something from {SEEDS.value} seeds on, and assume normal differences.",
         "## Settings and their sources",
         _table(["setting", "value", "source"], _sources(settings)),
         "Departures: " + "; ".join((*PUBLISHED[settings["method"]].departures, *_DEPARTURES)) + ".",
@@ -232,6 +242,8 @@ def _sources(settings: Mapping[str, Any]) -> list[list[str]]:
     del published["departures"]
     used = {**settings, "data": settings["data"][:-1]}
     found = []
+    if "steps" in settings:
+        del published["epochs"]
     for name, entry in published.items():
         value = entry.value
         if name == "data":
@@ -240,6 +252,8 @@ def _sources(settings: Mapping[str, Any]) -> list[list[str]]:
         source = "given on the command line" if is_own else entry.source
         shown = used.get(name, value)
         found.append([name, ", ".join(shown) if name == "data" else str(shown), source])
+    if (commit := settings.get("revision of the model")) is not None:
+        found.append(["revision of the model", commit, "what the hub id stood for"])
     given = [name for name in settings["not the paper's"] if name not in published]
     return [*found, *([name, str(settings[name]), "given on the command line"] for name in given)]
 
@@ -260,4 +274,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _interval(found: Mapping[str, Any]) -> str:
     if found["low"] is None:
         return f"{found['mean']:+.4g}"
+    if found["low"] == found["high"]:
+        # As if it were certain: differences that are all alike have no spread to judge by.
+        return f"{found['mean']:+.4g} (alike in all {found['seeds']} seeds)"
     return f"{found['mean']:+.4g} [{found['low']:+.4g}, {found['high']:+.4g}]"

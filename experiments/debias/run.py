@@ -27,7 +27,7 @@ from fastdean.debias import augment
 from fastdean.debias.objectives import require_method
 from fastdean.evaluation import glue
 from fastdean.files.atomic import write_text_atomic
-from fastdean.files.hub import ask_the_cache_where_unreachable
+from fastdean.files.hub import ask_the_cache_where_unreachable, cached_commit
 from fastdean.files.provenance import public_name, public_source
 from fastdean.files.storage import held, remove_folder
 from fastdean.models.identity import json_digest, model_files_digest
@@ -277,6 +277,7 @@ class _Study:
         # Two models may have one name; of a hub id there are no files to tell them apart.
         place = options.gguf or options.model
         files = None if place is None or options.masked else model_files_digest(str(place))
+        commit = None if options.masked else cached_commit(options.model or "")
         own = {name: getattr(options, name) for name in ("learning_rate", "steps", "rows")}
         own = {name: value for name, value in own.items() if value is not None}
         # Where the paper's text is known by its hub id.
@@ -284,6 +285,7 @@ class _Study:
         return {
             "model": f"masked, {options.pretraining_steps} steps" if options.masked else model,
             **({} if files is None else {"files of the model": files}),
+            **({} if commit is None else {"revision of the model": commit}),
             "method": options.method,
             **published,
             "warmup": WARMUP.value,

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness.command import above_zero, at_least_two, positive
-from experiments.reproduce_spin import paper, steps, table
+from experiments.reproduce_spin import ahead, paper, steps, table
 from experiments.reproduce_spin.steps import Study
+from fastdean.cli.flags import in_flags
 from fastdean.evaluation.ability import INSTALL, require_lm_eval
 from fastdean.files.hub import ask_the_cache_where_unreachable
 from fastdean.files.provenance import public_name
@@ -27,17 +28,22 @@ from fastdean.jobs.answers.judging import asked_judge
 from fastdean.jobs.estimate.estimating import estimate
 from fastdean.jobs.folder import REPORT_FILE, RESULTS_FILE, TABLE_FILE
 from fastdean.report import write_report
+from fastdean.wording.printable import error_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     ask_the_cache_where_unreachable()
     try:
         study = _study(options)
+        # Refuses options that are out of range.
+        steps.scoring_job(study, 0)
         rows = steps.read_sources(study)
         print("\n".join(needed(study, rows)), flush=True)
         steps.require_judges(study)
+        ahead.require_possible(study, rows)
         if options.estimate:
             return 0
         steps.open_study(study, rows)
@@ -46,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = shlex.join(["python", "-m", "experiments.reproduce_spin", *argv])
             _write(study, table.results(study, rows, notes, command))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        flags = {each.dest: each.option_strings[-1] for each in parser._actions}
+        print(f"error: {in_flags(error_line(error), flags)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -116,6 +123,7 @@ def _study(options: argparse.Namespace) -> Study:
     if len({*names}) < len(names):
         raise ValueError(f"judge must name each judge once, got {', '.join(names)}; leave one out")
     same = ("seeds", "examples", "ratio", "questions", "max_new_tokens", "window", "dtype")
+    same += ("max_length", "skip_bad_rows", "min_k")
     out = Path("build/reproduce-spin") / public_name(options.model).replace("/", "--")
     return Study(
         options.model,
@@ -163,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
         type=at_least_two,
         help="tokens, of the perplexity; default: 2048, or the positions",
     )
+    said = "tokens; longer scored rows are cut; default: they are refused"
+    add("--max-length", type=at_least_two, help=said)
+    said = "leave out rows that cannot be scored and questions too long to answer, and count them"
+    add("--skip-bad-rows", action="store_true", help=said)
+    add("--min-k", type=positive, default=0, help="weights of each matrix in a top set, at least")
     add("--dtype", default="auto", help="of the model")
     add("--device", help="of the model and its judges")
     add("--estimate", action="store_true", help="say what it needs, and do nothing")

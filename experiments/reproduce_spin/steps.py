@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -38,22 +39,25 @@ from fastdean.coupling import Scores, couple
 from fastdean.data.sources import load_rows, load_table, numbered_rows
 from fastdean.evaluation import perplexity_of_text
 from fastdean.evaluation.ability import task_manager, task_scores
-from fastdean.evaluation.answers.records import ORIGINAL
+from fastdean.evaluation.answers.records import KEY, ORIGINAL, RECORD
 from fastdean.evaluation.answers.server import without_port
 from fastdean.evaluation.over_refusal import benign_rows
 from fastdean.files.declared import Anything, Maps, read_json
-from fastdean.files.provenance import public_name, versions
+from fastdean.files.hub import cached_commit
+from fastdean.files.lines import Lines
+from fastdean.files.provenance import versions
 from fastdean.files.storage import is_temporary, write_json_atomic, write_text_atomic
 from fastdean.jobs import Job
 from fastdean.jobs import run as run_job
 from fastdean.jobs.answers import answering, judging
 from fastdean.jobs.answers.job import AnswerJob, JudgeJob
 from fastdean.jobs.answers.judging import asked_judge
-from fastdean.jobs.folder import check_place, require_outside
+from fastdean.jobs.folder import ANSWERS_FILE, RESULTS_FILE, check_place, require_outside
 from fastdean.jobs.session import plain
 from fastdean.masks import NeuronMask
 from fastdean.models.identity import json_digest, model_files_digest
 from fastdean.models.loading import load_model
+from fastdean.wording.alike import told_together
 from fastdean.wording.mendable import StateError
 from fastdean.wording.printable import error_line
 
@@ -70,6 +74,8 @@ class Study:
         judges: see `judging.asked_judge`.
         tasks: of lm-eval; maybe none.
         window: tokens, of the perplexity; None: see `perplexity_of_text`.
+        max_length, skip_bad_rows, min_k: of the scored rows and the masks, see `jobs.Job`; bad
+            rows are also questions that leave no room for an answer.
     """
 
     model: str
@@ -85,6 +91,9 @@ class Study:
     window: int | None
     dtype: str
     device: str | None
+    max_length: int | None = None
+    skip_bad_rows: bool = False
+    min_k: int = 0
 
     @property
     def on(self) -> dict[str, Any]:
@@ -113,17 +122,16 @@ def read_sources(study: Study) -> dict[str, list[Any]]:
     Raises:
         ValueError: sources that cannot be read, all of them in one line.
     """
-    found, missing = {}, []
+    found, missing = {}, {}
     for name in SOURCES:
         try:
             found[name] = _rows(study, name)
         except (ValueError, OSError) as error:
-            missing.append(f"{name} ({error})")
+            missing[name] = error_line(error)
     if missing:
-        flags = " ".join(f"--source {each.partition(' ')[0]}=FILE" for each in missing)
         raise ValueError(
-            f"sources must be readable, got {len(missing)} that are not: {'; '.join(missing)}; "
-            f"pass {flags}"
+            f"sources must be readable, got {len(missing)} that are not: "
+            f"{told_together(missing)}; pass each as --source NAME=FILE"
         )
     return found
 
@@ -149,6 +157,7 @@ def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
     now |= {f"source {name}": source for name, source in study.sources.items()}
     now |= {f"rows of {name}": json_digest(found) for name, found in rows.items()}
     now["files of the model"] = model_files_digest(study.model)
+    now["revision of the model"] = cached_commit(study.model)
     now["fastdean"] = versions()["fastdean"]
     told = f"out must be a new folder or this study's, got {str(study.out)!r}, which"
     study.out.mkdir(parents=True, exist_ok=True)
@@ -165,11 +174,16 @@ def open_study(study: Study, rows: Mapping[str, Sequence[Any]]) -> None:
         write_text_atomic(asked, "".join(f"{line}\n" for line in lines))
 
 
+def revision(study: Study) -> str | None:
+    """The commit of the hub's that the study's model is of; None of a local one."""
+    return read_json(study.out / _STUDY_FILE, Maps(Anything()))["revision of the model"]
+
+
 def require_judges(study: Study) -> None:
     """Raise ValueError if a judge that has still to work has no model to load."""
     asked = [asked_judge(each) for each in study.judges]
     judging.require_judges(
-        [each for each in asked if not kept.is_finished(_verdicts(study, each.name))]
+        [each for each in asked if not kept.is_finished(verdicts_folder(study, each.name))]
     )
 
 
@@ -185,18 +199,22 @@ def do(study: Study, rows: Mapping[str, Sequence[Any]], progress: bool) -> list[
         A sentence on each control that could not be made.
     """
     notes = []
+    # Scored seeds, answers, each judge, and the price.
+    total = study.seeds + 1 + len(study.judges) + 1
+    parts = (f"part {number} of {total}" for number in count(1))
     for seed in range(study.seeds):
-        _once(run_job, scoring_job(study, seed), study.out / "scored" / str(seed), progress)
+        folder = study.out / "scored" / str(seed)
+        _once(run_job, scoring_job(study, seed), folder, progress, next(parts))
         notes += _couple(study, seed)
-    _answer(study, progress)
+    _answer(study, progress, next(parts))
     wrong = {}
-    for judge in study.judges:
+    for judge, part in zip(study.judges, parts, strict=False):
         try:
-            _judge(study, judge, progress)
+            _judge(study, judge, progress, part)
         except (ValueError, RuntimeError, OSError) as error:
             # One that cannot be loaded leaves the others and the price to be done.
             wrong[asked_judge(judge).name] = error
-    _price(study, rows["text"], progress)
+    _price(study, rows["text"], progress, f"part {total} of {total}")
     if wrong:
         told = "; ".join(f"{name} ({error_line(error)})" for name, error in wrong.items())
         raise StateError(
@@ -215,6 +233,29 @@ def masks(study: Study) -> dict[str, NeuronMask]:
     }
 
 
+def left_out(study: Study, rows: Mapping[str, Sequence[Any]]) -> tuple[set[int], list[str]]:
+    """The questions that were answered, by their ids, and a sentence on each set of rows left out.
+
+    A study that leaves out none has answers to all.
+    """
+    asked = list(enumerate(questions(rows), start=1))
+    if not study.skip_bad_rows:
+        return {number for number, _ in asked}, []
+    told = []
+    for seed in range(study.seeds):
+        file = study.out / "scored" / str(seed) / RESULTS_FILE
+        for warning in read_json(file, Maps(Anything()))["warnings"]:
+            if warning.startswith(SCORED) and " left out: " in warning:
+                told.append(f"Seed {seed}, {warning}.")
+    records = Lines(study.out / "answers" / ANSWERS_FILE, RECORD, KEY).read()
+    answered = {record["id"] for record in records}
+    for name in ASKED:
+        own = {number for number, row in asked if row["set"] == name}
+        if gone := len(own - answered):
+            told.append(f"{name}: {gone} of {len(own)} questions are left out, too long to answer.")
+    return answered, told
+
+
 def price_file(study: Study, name: str, what: str) -> Path:
     return study.out / "price" / f"{name}-{what}.json"
 
@@ -223,7 +264,7 @@ def _rows(study: Study, name: str) -> list[Any]:
     """Of what is asked the texts, of the running text its parts, of what is scored the rows."""
     source, category = study.sources[name], SOURCES[name].category
     if name in SCORED:
-        return load_rows(source)
+        return load_rows(source, skip_bad_rows=study.skip_bad_rows)
     if name == "text":
         if source.endswith(".txt"):
             return [Path(source).expanduser().read_text("utf-8")]
@@ -234,7 +275,8 @@ def _rows(study: Study, name: str) -> list[Any]:
         taken = [row for row in load_table(source) if row.get("2-category") == category]
         texts = _column(taken, "question")
     else:
-        texts = [row["prompt"] for _, row in numbered_rows(source, prompts=True)]
+        skipped: dict[int, str] | None = {} if study.skip_bad_rows else None
+        texts = [row["prompt"] for _, row in numbered_rows(source, skipped, prompts=True)]
     return texts[: study.questions]
 
 
@@ -252,6 +294,9 @@ def scoring_job(study: Study, seed: int) -> Job:
         examples=study.examples,
         seed=seed,
         ratio=study.ratio,
+        min_k=study.min_k,
+        max_length=study.max_length,
+        skip_bad_rows=study.skip_bad_rows,
         target_modules=TARGET_MODULES,
         template=TEMPLATE,
         # What the table has is measured by the steps that follow.
@@ -273,6 +318,7 @@ def _couple(study: Study, seed: int) -> list[str]:
                 general=scores["general"] if edit.spares else None,
                 ratio=study.ratio,
                 rule=edit.rule,
+                min_k=study.min_k,
                 seed=seed,
             )
         except ValueError as error:
@@ -284,7 +330,7 @@ def _couple(study: Study, seed: int) -> list[str]:
     return notes
 
 
-def _answer(study: Study, progress: bool) -> None:
+def _answer(study: Study, progress: bool, part: str) -> None:
     made = masks(study)
     places = {state(*each): study.mask(*each) for each in study.states()}
     job = AnswerJob(
@@ -294,8 +340,9 @@ def _answer(study: Study, progress: bool) -> None:
         mask=tuple(f"{name}={places[name]}" for name, mask in made.items() if len(mask)),
         template=ANSWER_TEMPLATE,
         max_new_tokens=study.max_new_tokens,
+        skip_bad_rows=study.skip_bad_rows,
     )
-    _once(answering.run, job, study.out / "answers", progress)
+    _once(answering.run, job, study.out / "answers", progress, part)
 
 
 def verdicts_folder(study: Study, judge: str) -> Path:
@@ -304,15 +351,15 @@ def verdicts_folder(study: Study, judge: str) -> Path:
     return study.out / "verdicts" / (name if name.strip(".") else name.replace(".", "%2E"))
 
 
-def _judge(study: Study, judge: str, progress: bool) -> None:
+def _judge(study: Study, judge: str, progress: bool, part: str) -> None:
     asked = asked_judge(judge)
     folder = verdicts_folder(study, asked.name)
     kept.require_judge(folder, asked, without_port(judge))
     job = JudgeJob(answers=str(study.out / "answers"), judge=(judge,), device=study.device)
-    _once(judging.run, job, folder, progress)
+    _once(judging.run, job, folder, progress, part)
 
 
-def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
+def _price(study: Study, texts: Sequence[str], progress: bool, part: str) -> None:
     """Perplexity and tasks of the model as it came and under every mask, on one load."""
     edits: dict[str, NeuronMask | None] = {ORIGINAL: None}
     edits |= {name: mask for name, mask in masks(study).items() if len(mask)}
@@ -323,8 +370,10 @@ def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
     (study.out / "price").mkdir(exist_ok=True)
     manager = task_manager(study.tasks) if study.tasks else None
     at = {"dtype": study.dtype, "device": study.device, "progress": progress}
+    print(f"{part}: price", flush=True)
     model, tokenizer = load_model(study.model, **at)
-    for name, what in left:
+    for number, (name, what) in enumerate(left, start=1):
+        print(f"{number} of {len(left)}: {what}, {name}", flush=True)
         mask = edits[name]
         with nullcontext() if mask is None else mask.applied(model):
             if what == "perplexity":
@@ -342,17 +391,13 @@ def _price(study: Study, texts: Sequence[str], progress: bool) -> None:
         write_json_atomic(price_file(study, name, what), plain(found))
 
 
-def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool) -> None:
+def _once(run: Callable[..., Any], job: Any, folder: Path, progress: bool, part: str) -> None:
     """Do the job, or go on with it, unless it is finished; its model is gone afterwards."""
     if kept.is_finished(folder):
         return
-    print(f"{public_name(str(folder.parent))}/{folder.name}", flush=True)
+    print(f"{part}: {folder.parent.name}/{folder.name}", flush=True)
     folder.parent.mkdir(exist_ok=True)
     run(job, folder, command="make reproduce-spin", progress=progress)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _verdicts(study: Study, judge: str) -> Path:
-    return study.out / "verdicts" / judge

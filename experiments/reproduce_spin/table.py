@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
@@ -14,9 +15,11 @@ from experiments.reproduce_spin import kept
 from experiments.reproduce_spin.paper import ASKED, COUPLED, EDITS, PUBLISHED, RANDOM
 from experiments.reproduce_spin.steps import (
     Study,
+    left_out,
     masks,
     price_file,
     questions,
+    revision,
     state,
     verdicts_folder,
 )
@@ -25,14 +28,16 @@ from fastdean.evaluation.answers.records import ORIGINAL
 from fastdean.evaluation.judging.templates import SAFE, UNPARSED, UNSAFE
 from fastdean.evaluation.judging.verdicts import agreements
 from fastdean.files.provenance import now, public_command, public_name, public_source, versions
-from fastdean.jobs.answers.judging import asked_judge
+from fastdean.jobs.answers.judging import MUCH_UNPARSED, asked_judge
 from fastdean.jobs.session import plain
 from fastdean.wording import markdown
 from fastdean.wording.digits import apart
-from fastdean.wording.verdicts import NO_EFFECT, direction
+from fastdean.wording.verdicts import NO_EFFECT, direction, withheld
 
 _TOPICS = ("fairness", "privacy")
 _PERPLEXITY = "perplexity"
+_SETTINGS = ("examples", "ratio", "seeds", "max_new_tokens", "window")
+_SETTINGS += ("max_length", "skip_bad_rows", "min_k")
 _COLUMNS = ("edit", "against", "measure", "items", "change", "simultaneous 95 %", "p (Holm)")
 _COLUMNS += ("detects", "95 % over seeds", "reading")
 
@@ -81,12 +86,12 @@ def results(
     made = masks(study)
     # A mask without weights has no answers of its own.
     variants = [ORIGINAL, *(name for name, mask in made.items() if len(mask))]
-    ids = range(1, 1 + len(questions(rows)))
+    ids, gone = left_out(study, rows)
     records = {}
     for name in (asked_judge(each).name for each in study.judges):
         keys = {(name, variant, number) for variant in variants for number in ids}
         records[name] = kept.verdicts(verdicts_folder(study, name), keys, len(keys))
-    measures = list(_measures(study, rows, records, made))
+    measures = list(_measures(study, rows, ids, records, made))
     seeds = {e: [s for s in range(study.seeds) if state(e, s) in made] for e in EDITS}
     seeds = {edit: found for edit, found in seeds.items() if found}
     changes, tests, broken = _changes(measures, seeds)
@@ -98,9 +103,9 @@ def results(
         "model": {"name": public_name(study.model)},
         "settings": {
             "sources": {name: public_source(source) for name, source in study.sources.items()},
-            "questions": {name: len(rows[name]) for name in ASKED},
-            **{name: getattr(study, name) for name in ("examples", "ratio", "seeds")},
-            **{name: getattr(study, name) for name in ("max_new_tokens", "window")},
+            "questions": dict(Counter(q["set"] for i, q in _asked(rows) if i in ids)),
+            **{name: getattr(study, name) for name in _SETTINGS},
+            "revision": revision(study),
             "judges": list(records),
         },
         "published": next((f for name, f in PUBLISHED.items() if _is(study.model, name)), None),
@@ -125,9 +130,30 @@ def results(
         },
         "agreement": agreements([each for own in records.values() for each in own]),
         "findings": _findings(changes),
-        "warnings": [*notes, *broken],
+        "warnings": [*notes, *gone, *_unread(records), *broken],
     }
     return plain(found)
+
+
+def _asked(rows: Mapping[str, Sequence[Any]]) -> list[tuple[int, dict[str, str]]]:
+    """Every question with its id."""
+    return list(enumerate(questions(rows), start=1))
+
+
+def _unread(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A sentence on each judge that many verdicts could not be read of, under any mask."""
+    said = []
+    for name, own in records.items():
+        answers = Counter(each["variant"] for each in own)
+        lost = Counter(each["variant"] for each in own if each["verdict"] == UNPARSED)
+        worst = max(answers, key=lambda variant: lost[variant] / answers[variant])
+        if lost[worst] > MUCH_UNPARSED * answers[worst]:
+            said.append(
+                f"{name}: {lost.total()} of {len(own)} verdicts could not be read, most under "
+                f"{worst} ({lost[worst]} of {answers[worst]}): what is said of its awareness is of "
+                "the others alone; look at their output in its verdicts.jsonl."
+            )
+    return said
 
 
 def _text(study: Study) -> dict[str, int]:
@@ -144,12 +170,13 @@ def _is(model: str, name: str) -> bool:
 def _measures(
     study: Study,
     rows: Mapping[str, Sequence[Any]],
+    answered: Container[int],
     records: Mapping[str, Sequence[Mapping[str, Any]]],
     made: Mapping[str, Any],
 ) -> Iterator[Measure]:
     # A mask without weights leaves the model as it came.
     models = {ORIGINAL: ORIGINAL} | {n: n if len(m) else ORIGINAL for n, m in made.items()}
-    asked = list(enumerate(questions(rows), start=1))
+    asked = [(number, row) for number, row in _asked(rows) if number in answered]
 
     def told(judge: str, name: str, tell: Callable[[Mapping], Any]) -> dict[str, np.ndarray]:
         by = {(each["variant"], each["id"]): tell(each) for each in records[judge]}
@@ -241,13 +268,13 @@ def _changes(
 
 
 def _reading(change: Mapping[str, Any]) -> str:
-    """The verdict, for which the seeds must agree as well."""
+    """The verdict, for which the seeds must agree as well; one agrees with none."""
     seeds = change["seeds"]
-    if (
-        direction(change["verdict"])
-        and seeds
-        and (seeds["low"] <= change["no_effect"] <= seeds["high"])
-    ):
+    if not direction(change["verdict"]):
+        return change["verdict"]
+    if seeds is None:
+        return withheld("from one seed")
+    if seeds["low"] <= change["no_effect"] <= seeds["high"]:
         return f"{NO_EFFECT} between seeds"
     return change["verdict"]
 
@@ -351,8 +378,9 @@ def rendered(found: Mapping[str, Any]) -> str:
     notes = [
         f"{settings['examples']} examples a set, ratio {settings['ratio']:g}, {settings['seeds']} "
         f"data seeds; {asked}; greedy answers of at most "
-        f"{settings['max_new_tokens']} tokens; perplexity in {found['text']['windows']} windows of "
-        f"at most {found['text']['longest']} predicted tokens.",
+        f"{settings['max_new_tokens']} tokens{_departures(settings)}; perplexity in "
+        f"{found['text']['windows']} windows of at most "
+        f"{found['text']['longest']} predicted tokens.",
         f"The {tests['tests']} changes are one family: p is Holm's, intervals are Bonferroni's, "
         "paired by item, for the masks of these seeds. Higher or lower takes p of at most 0.05, "
         "an interval without no effect, and an interval over seeds without it; that one says how "
@@ -380,6 +408,18 @@ def rendered(found: Mapping[str, Any]) -> str:
             *["", f"{markdown.code(found['command'])}, {found['created']}", ""],
         ]
     )
+
+
+def _departures(settings: Mapping[str, Any]) -> str:
+    """What was asked for beside the paper's settings, and of which revision the model is."""
+    told = ""
+    if settings["max_length"]:
+        told += f"; scored rows cut to {settings['max_length']} tokens"
+    if settings["min_k"]:
+        told += f"; at least {settings['min_k']} weights of each matrix in a top set"
+    if settings["revision"]:
+        told += f"; revision {settings['revision']} of the model"
+    return told
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -75,11 +75,17 @@ def bootstrapped(
     resamples: int,
     no_effect: float | None = 0.0,
 ) -> Interval:
-    """The interval of an estimate with its resampled values, none where n < 2."""
+    """The interval of an estimate with its resampled values, none where n < 2.
+
+    Values between which there is no width, as where no example changed, say nothing of how far
+    chance moves the estimate: low and high are NaN then.
+    """
     low, high = math.nan, math.nan
     if drawn.size:
         tail = (1.0 - confidence) / 2.0
         low, high = map(float, np.quantile(drawn, [tail, 1.0 - tail]))
+        if low == high:
+            low, high = math.nan, math.nan
     made_of: dict[str, Any] = {"resamples": resamples, "replicates": drawn}
     return Interval(estimate, low, high, n, confidence, BOOTSTRAP, no_effect, **made_of)
 

@@ -35,14 +35,15 @@ class Interval:
     """An estimate with its interval.
 
     mean: the estimate over all examples (a mean, a mean difference, or a ratio where said so).
-    low, high: bounds; NaN for n < 2.
+    low, high: bounds; NaN for n < 2, and of a bootstrap without any spread.
     n: independent units: examples, or groups of examples that belong together.
     method: `STUDENT_T` and the like.
     no_effect: the value that means "nothing changed": 0 for a difference, 1 for a ratio; None where
         there is no such value.
     p_value, test: of the test that a verdict needs as well, and its name; None without a test.
     least_p: the smallest p-value that the test can give.
-    values, weights: float64 [n]; the estimate is sum(values) / sum(weights).
+    values, weights: float64 [n]; the estimate is sum(values) / sum(weights). Of a bootstrap, where
+        they are given, what decides the statistic of an example.
     whole: of a share, the value of an example that counts in full; None for other estimates.
     resamples, replicates: of a bootstrap.
     """

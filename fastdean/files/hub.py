@@ -55,6 +55,23 @@ def why_not_fetched(error: Exception) -> str:
     return error_line(error)
 
 
+def cached_commit(model: str) -> str | None:
+    """The commit that a model's hub id stood for when its files were last read.
+
+    Read in the cache, without asking the hub; None of a folder or file, and of what is not there.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if not _REPO_ID.fullmatch(model) or Path(model).exists():
+        return None
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        found = try_to_load_from_cache(model, name)
+        if isinstance(found, str):
+            # The cache keeps a folder for each commit.
+            return Path(found).parent.name
+    return None
+
+
 def checkpoint_folder(repo_id: str, revision: str | None, cache_alone: bool) -> Path:
     """The folder of a model's safetensors files, downloaded where they are not in the cache."""
     from huggingface_hub import snapshot_download

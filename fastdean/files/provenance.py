@@ -55,9 +55,16 @@ def public_name(name_or_path: str) -> str:
 def public_source(source: str) -> str:
     """`NAME=PATH::key=value` with the last part of PATH only; see `sources.load_rows`."""
     place, mark, options = source.partition("::")
-    name, equals, path = place.partition("=")
-    told = f"{name}={public_name(path)}" if equals and not _is_path(name) else public_name(place)
-    return f"{told}{mark}{options}"
+    return f"{_public_place(place)}{mark}{options}"
+
+
+def _public_place(place: str) -> str:
+    """A path, or what stands before a path, such as `--source=fairness=PATH` or `FILE=PATH`."""
+    name, equals, rest = place.partition("=")
+    # The sign may be part of a path, too.
+    if not equals or (_is_path(name) and not Path(name).expanduser().is_file()):
+        return public_name(place)
+    return f"{public_name(name)}={_public_place(rest)}"
 
 
 def public_command(command: str) -> str:

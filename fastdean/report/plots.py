@@ -8,7 +8,9 @@ read. What colour says, shape or outline says as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from statistics import fmean
+from textwrap import wrap
 
 from fastdean.report.axis import Axis
 from fastdean.report.estimates import Estimate
@@ -19,6 +21,8 @@ WIDE, NARROW = 800, 360
 _LEFT, _RIGHT = 46, 10
 # Widths of a character at the labels' size in the widest of the usual fonts.
 _GLYPH, _STRONG_GLYPH = 7.3, 8.4
+# From one line of a label to the next.
+_LINE = 17
 
 
 def responsive(draw: Callable[[int], Html]) -> Html:
@@ -79,7 +83,7 @@ def _panel_heading(module: str, bars: dict, width: int, y: float, done: str) -> 
     edited = sum(bar["kept"] for bar in bars.values())
     shared = sum(bar["coupled"] for bar in bars.values())
     note = f"{count(shared)} in both, {count(edited)} {done}"
-    name = _beside(module, note, width - _LEFT - _RIGHT)
+    name = _cut(module, note, width - _LEFT - _RIGHT)
     return [_text(name, _LEFT, y, "start", "strong"), _text(note, width - _RIGHT, y, "end")]
 
 
@@ -145,7 +149,7 @@ def ratio_panels(
         top = row * (heading + tall + below)
         values = [v for _, each in points for v in (each.value, each.low, each.high)]
         y = Axis.around([no_effect, *values], top + heading + tall, top + heading)
-        parts += [_text(_beside(name, "", width - _LEFT), _LEFT, top + 13, "start", "strong")]
+        parts += [_text(_cut(name, "", width - _LEFT), _LEFT, top + 13, "start", "strong")]
         parts += _grid(y, width)
         parts += [_line(_LEFT, y.place(no_effect), right, y.place(no_effect), "zero")]
         if measured(chosen) and chosen > 0:
@@ -219,30 +223,36 @@ def interval_rows(
 
     `span` holds values that the axis must cover as well, so that plots side by side share a scale.
     """
-    pitch, top, inset = 46, 4, 24
-    height = top + pitch * len(rows) + 44
+    pitch, inset = 46, 24
+    written = [_written(row, no_effect) for row in rows]
+    names = [_beside(row.name, value, width) for row, value in zip(rows, written, strict=True)]
+    # Where a row's last line of text begins; its interval is below.
+    tops = [4 + n * pitch + _LINE * more for n, more in enumerate(_lines_before(names))]
+    height = 4 + pitch * len(rows) + _LINE * sum(len(name) - 1 for name in names) + 44
     values = [value for row in rows for value in (row.value, row.low, row.high)]
     x = Axis.around([no_effect, *values, *span], inset, width - inset)
     floor = height - 42
     zero = x.place(no_effect)
     parts = [_line(inset, floor, width - inset, floor, "axis")]
     # Of every row, beside its interval alone: no line runs through the text above it.
-    for index in range(len(rows)):
-        row_top = top + index * pitch
+    for row_top in tops:
         parts += [_line(zero, row_top + 20, zero, row_top + 38, "zero")]
     parts += _ticks(x, 5, floor)
     parts += [_text(axis_name, width / 2, height - 6, "middle", "name")]
-    for index, row in enumerate(rows):
-        parts += _interval_row(row, x, top + index * pitch, no_effect, width)
+    for row, name, value, row_top in zip(rows, names, written, tops, strict=True):
+        parts += _name(name, row_top)
+        parts += [_text(value, width - 2, row_top + 14, "end", "value")]
+        parts += _interval_row(row, x, row_top, no_effect)
     return _drawing(parts, width, height, label)
 
 
-def _interval_row(row: Estimate, x: Axis, top: float, no_effect: float, width: int) -> list[Html]:
+def _written(row: Estimate, no_effect: float) -> str:
     value, ends = row.written(no_effect)
-    value += f" {ends}" if ends != MISSING else " no interval" if value != MISSING else ""
-    name = _beside(row.name, value, width)
-    parts = [_text(name, 2, top + 14, "start", "strong")]
-    parts += [_text(value, width - 2, top + 14, "end", "value")]
+    return value + (f" {ends}" if ends != MISSING else " no interval" if value != MISSING else "")
+
+
+def _interval_row(row: Estimate, x: Axis, top: float, no_effect: float) -> list[Html]:
+    parts = []
     y = top + 29
     if measured(row.low) and measured(row.high):
         low, high = x.place(row.low), x.place(row.high)
@@ -265,15 +275,17 @@ def value_strips(
     A row is a name, its values, and the style and mark they are drawn in.
     """
     pitch, inset = 40, 24
-    floor = pitch * len(rows) + 6
+    notes = [f"mean {decimal(fmean(own), 3)} of {count(len(own))}" for _, own, _ in rows]
+    names = [_beside(row[0], note, width) for row, note in zip(rows, notes, strict=True)]
+    before = _lines_before(names)
+    floor = pitch * len(rows) + _LINE * sum(len(name) - 1 for name in names) + 6
     x = Axis.around([v for _, values, _ in rows for v in values], inset, width - inset)
     parts = [_line(inset, floor, width - inset, floor, "axis")]
     parts += _ticks(x, 5, floor)
     parts += [_text(axis_name, width / 2, floor + 36, "middle", "name")]
-    for number, (name, values, (style, mark)) in enumerate(rows):
-        top = number * pitch
-        note = f"mean {decimal(fmean(values), 3)} of {count(len(values))}"
-        parts += [_text(_beside(name, note, width), 2, top + 14, "start", "strong")]
+    for number, (_, values, (style, mark)) in enumerate(rows):
+        top, note = number * pitch + _LINE * before[number], notes[number]
+        parts += _name(names[number], top)
         parts += [_text(note, width - 2, top + 14, "end")]
         mean = x.place(fmean(values))
         parts += [_line(mean, top + 20, mean, top + 38, "whisker")]
@@ -344,10 +356,38 @@ def _every(slots: Sequence[object], pitch: float, room: float = 26) -> range:
     return range(0, len(slots), step)
 
 
-def _beside(name: str, note: str, width: float) -> str:
-    """As much of a strong label as fits into `width` pixels to the left of `note`."""
-    most = max(2, int((width - _GLYPH * (len(note) + 1)) / _STRONG_GLYPH))
+def _most_beside(note: str, width: float) -> int:
+    """How many characters of a strong label have room in `width` pixels to the left of `note`."""
+    return max(2, int((width - _GLYPH * (len(note) + 1)) / _STRONG_GLYPH))
+
+
+def _cut(name: str, note: str, width: float) -> str:
+    """As much of the name of a module or a set, which has one line, as fits beside `note`."""
+    most = _most_beside(note, width)
     return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _beside(name: str, note: str, width: float) -> list[str]:
+    """A strong label in lines of `width` pixels, of which the last leaves room for `note`."""
+    most = _most_beside(note, width)
+    if len(name) <= most:
+        return [name]
+    lines = wrap(name, max(2, int(width / _STRONG_GLYPH)), break_on_hyphens=False)
+    return lines if len(lines[-1]) <= most else [*lines, ""]
+
+
+def _lines_before(names: Sequence[Sequence[str]]) -> list[int]:
+    """Of each row, how many lines it and those above it have more than one."""
+    return [*accumulate(len(name) - 1 for name in names)]
+
+
+def _name(lines: Sequence[str], top: float) -> list[Html]:
+    """A label's lines, the last of which is the row's."""
+    return [
+        _text(line, 2, top + 14 - _LINE * above, "start", "strong")
+        for above, line in zip(range(len(lines) - 1, -1, -1), lines, strict=True)
+        if line
+    ]
 
 
 def _text(text: str, x: float, y: float, anchor: str, style: str | None = None) -> Html:

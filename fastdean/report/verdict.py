@@ -202,7 +202,8 @@ def _of_measures(table: Mapping[str, Any]) -> Iterator[Clause]:
     else:
         still = sum(each.said == NONE_SHOWN for each in found.values())
         number = plural(len(found), "figure")
-        yield Clause("", f"{_capital(NONE_SHOWN)} in {_part(still, len(found))}{number}")
+        said = f"{_capital(NONE_SHOWN)} in {_part(still, len(found))}{number}"
+        yield Clause("", said if still else f"No verdict on any of {number}")
 
 
 def _part(number: int, of: int) -> str:

@@ -53,11 +53,11 @@ def judge(
         return NO_NEUTRAL
     level = min(LEVEL, 1.0 - confidence)
     if n < FEWEST:
-        return f"{_WITHHELD}from n = {n}"
+        return withheld(f"from n = {n}")
     if least_p is not None and least_p > level:
-        return f"{_WITHHELD}from n = {n}{f' in {tests} tests' if tests > 1 else ''}"
+        return withheld(f"from n = {n}{f' in {tests} tests' if tests > 1 else ''}")
     if p_value is None:
-        return f"{_WITHHELD}from an interval without a test"
+        return withheld("from an interval without a test")
     if p_value <= level and low > no_effect:
         return HIGHER
     if p_value <= level and high < no_effect:
@@ -93,6 +93,11 @@ def reading(
 def direction(verdict: object) -> int | None:
     """+1 or -1 of a verdict that claims an effect, 0 of `NO_EFFECT`, else None."""
     return _DIRECTIONS.get(verdict) if isinstance(verdict, str) else None
+
+
+def withheld(why: str) -> str:
+    """The verdict that there is none, such as "from n = 3"."""
+    return f"{_WITHHELD}{why}"
 
 
 def is_withheld(verdict: str) -> bool:

@@ -18,6 +18,12 @@ def _of_mean(values, **options):
     return bootstrap_interval(lambda index: found[index].mean(1), len(found), **options)
 
 
+def test_resamples_without_width_give_no_interval():
+    found = bootstrap_interval(lambda index: torch.ones(len(index)), 20, resamples=50)
+    assert found.mean == 1.0 and math.isnan(found.low) and math.isnan(found.high)
+    assert found.to_dict()["low"] is None and found.verdict().startswith("no verdict")
+
+
 def test_interval_is_the_quantiles_of_every_possible_resample():
     values = [0.0, 1.0, 4.0, 10.0]
     every_mean = [np.mean(draw) for draw in itertools.product(values, repeat=4)]

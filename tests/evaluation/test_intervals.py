@@ -22,7 +22,7 @@ from fastdean.evaluation.intervals import (
     share_interval,
     student_quantile,
 )
-from fastdean.evaluation.sign_flips import DRAWS, sign_flip_test
+from fastdean.evaluation.sign_flips import DRAWS, _group_sums, sign_flip_test
 from fastdean.wording.verdicts import direction, is_withheld, judge
 
 NO_EFFECT = "no effect beyond noise"
@@ -125,6 +125,49 @@ def test_beyond_16_patterns_are_drawn_by_the_seed_and_p_is_never_zero():
     assert found.p_value == pytest.approx(exact, abs=0.005)
     far = sign_flip_test(np.arange(100.0, 140.0))
     assert far.p_value == far.least_p == 1 / (1 + DRAWS)
+
+
+def test_a_group_holds_the_product_of_every_choice_of_its_generators():
+    values = normal(9, 0.3)
+    codes = np.random.default_rng(5).integers(0, 8, size=9, dtype=np.int32)
+    generators = [np.where(codes >> bit & 1, -1.0, 1.0) for bit in range(3)]
+    patterns = [
+        np.prod(
+            [g for g, chosen in zip(generators, choice, strict=True) if chosen] or [np.ones(9)],
+            axis=0,
+        )
+        for choice in itertools.product((0, 1), repeat=3)
+    ]
+    found = _group_sums(values, seed=5, generators=3)
+    assert sorted(found) == pytest.approx(sorted(pattern @ values for pattern in patterns))
+    assert found[0] == pytest.approx(values.sum())
+
+
+@pytest.mark.parametrize("z", [0.5, 2.0, 2.5])
+def test_any_number_of_differences_is_tested_at_once_and_as_exactly(z, monkeypatch):
+    # By the draws it would take a minute, and this many signs no memory holds.
+    monkeypatch.setattr("fastdean.evaluation.sign_flips._extreme_draws", None)
+    values = normal(200_000)
+    values -= values.mean()
+    values += z * np.sqrt((values**2).mean() / (len(values) - z**2))
+    found = sign_flip_test(values, seed=1)
+    assert found.method == "sign-flip, a random group of 131,072 patterns"
+    # So many signed differences sum to a normal number.
+    expected = 2 * stats.norm.sf(z)
+    deviation = np.sqrt(expected * (1 - expected) / 2**17)
+    assert found.p_value == pytest.approx(expected, abs=4 * deviation)
+    assert sign_flip_test(values, seed=1) == found != sign_flip_test(values, seed=2)
+    far = sign_flip_test(values + 1.0)
+    assert far.p_value == far.least_p == 2.0**-17
+
+
+def test_a_group_rejects_no_more_often_than_its_level_says(monkeypatch):
+    monkeypatch.setattr("fastdean.evaluation.sign_flips.GROUP_FROM", 17)
+    monkeypatch.setattr("fastdean.evaluation.sign_flips._GENERATORS", 8)
+    sizes = np.random.default_rng(0).exponential(size=(2000, 24)) ** 2
+    signs = np.random.default_rng(1).choice([-1.0, 1.0], size=sizes.shape)
+    found = [sign_flip_test(values, seed=n) for n, values in enumerate(sizes * signs)]
+    assert np.mean([each.p_value <= 0.1 for each in found]) == pytest.approx(0.1, abs=0.025)
 
 
 def test_the_test_leaves_the_global_random_state_alone():

@@ -8,6 +8,7 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -356,8 +357,32 @@ def test_kappa_against_its_formula_and_where_there_is_none():
     assert cohen_kappa(["a"] * 3, ["a"] * 3).kappa is None
     assert cohen_kappa(["a"] * 3, ["b"] * 3).kappa == 0.0
     assert cohen_kappa([], []).share is None
+    # What is equal is one label, whatever holds it.
+    for kind in (np.array, torch.tensor, lambda labels: [*torch.tensor(labels)]):
+        found = cohen_kappa(kind([1, 1, 0, 0]), kind([1, 0, 0, 0]))
+        assert found == cohen_kappa([1, 1, 0, 0], [1, 0, 0, 0]) and found.kappa == 0.5
     with pytest.raises(ValueError, match="second must have a label for each of first's 1, got 2"):
         cohen_kappa(["a"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            [[1]],
+            r"first must hold a label for each answer, such as a word or .* got \[1\] at index 0",
+        ),
+        ([1, {"a"}], r"got \{'a'\} at index 1; give one label, not several"),
+        (torch.ones(2, 2), r"got \[1.0, 1.0\] at index 0"),
+        (None, "first must be a list of labels, got NoneType; give one for each answer"),
+        (3.0, "first must be a list of labels, got float"),
+        ({"a"}, "first must be a list of labels, got set; .* in one order"),
+    ],
+    ids=str,
+)
+def test_what_are_no_labels_is_refused_by_name(labels, said):
+    with pytest.raises(TypeError, match=said):
+        cohen_kappa(labels, [1, 2])
 
 
 def line(judge, id, verdict, refusal=None, phrases=False, variant="original"):

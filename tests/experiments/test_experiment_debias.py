@@ -21,6 +21,7 @@ from fastdean.evaluation.classifier import HeadCourse
 from fastdean.files.storage import held
 
 ROWS = [{"text": text} for text in tiny_words.TEXTS]
+COMMIT = "5" * 40
 ARMS = ["base", "none", "words", "random", "frequency"]
 
 pytestmark = pytest.mark.usefixtures("quick_benchmarks")
@@ -75,6 +76,7 @@ def command(tmp_path, monkeypatch, files):
     """The study on a tiny encoder, without the tests before it; heads of one epoch."""
     monkeypatch.setattr(models, "load_model", lambda *a: (bert(), tiny_words.tokenizer(), "tiny"))
     monkeypatch.setattr(run, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(run, "cached_commit", lambda name: COMMIT)
     short = settings.Sourced(HeadCourse(1, 1e-3, 8, 16), "a test")
     for name in ("GLUE_HEAD", "NLI_HEAD"):
         monkeypatch.setattr(measures, name, short)
@@ -132,6 +134,8 @@ def test_the_table_has_every_column_of_every_arm_and_nothing_is_done_twice(
     assert "72.38 with the term" in text and "the paper's settings but for data, steps" in text
     assert "| strength | 100.0 | bec/code/main\\_nc.py" in text
     results = json.loads((tmp_path / "out" / "nc3.json").read_text())
+    assert results["settings"]["revision of the model"] == COMMIT
+    assert f"| revision of the model | {COMMIT} |" in (tmp_path / "out" / "nc3.md").read_text()
     assert results["family"]["tests"] == 3 * len(results["columns"])
     assert all(test["verdict"] == "no verdict from n = 1" for test in results["tests"])
     assert "Verdicts of a change: none. By paired t tests alone" in text
@@ -293,9 +297,21 @@ def test_eight_seeds_that_agree_are_a_verdict_and_five_are_a_t_test():
     five = judged(5)[1][1]["CrowS-Pairs", "none"]
     assert five["verdict"] == "no verdict from n = 5" and five["p_t_holm"] < 1e-5
     assert five["by_t"] == "lower" and against_random["by_t"] is None
+    four = judged(4)[1][1]["CrowS-Pairs", "none"]
+    assert four["p_t_holm"] < 0.05 and four["by_t"] is None
     assert outcome.seeds_for_a_verdict(3) == 8 and outcome.seeds_for_a_verdict(60) == 12
     text = outcome.as_markdown(records(values))
     assert "of a change: CrowS-Pairs: lower. By paired t tests alone" in text
+
+
+def test_seeds_that_are_all_alike_are_not_told_as_certainty():
+    same = [50.0] * 8
+    text = outcome.as_markdown(records({"none": same, "words": same}))
+    assert "| +0 (alike in all 8 seeds) | none | 1 | no effect beyond noise |" in text
+    # The steps that were given take the place of the epochs.
+    settings = {"method": "bec", "data": ["d", "0"], "steps": 4, "not the paper's": ["steps"]}
+    names = [name for name, *_ in outcome._sources(settings)]
+    assert "steps" in names and "epochs" not in names
 
 
 def test_before_training_heads_alone_are_measured_for_every_seed(command, tmp_path):

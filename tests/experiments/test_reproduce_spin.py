@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,13 +12,16 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+import tiny_models
 import torch
+from huggingface_hub import constants
 from tiny_folders import WORDS, save_model, write_jsonl, write_sources
 
 from experiments.reproduce_spin import __main__ as command
 from experiments.reproduce_spin import paper, table
 from experiments.reproduce_spin.table import Measure
 from fastdean.evaluation import holm
+from fastdean.files.hub import cached_commit
 from fastdean.models import loading
 
 SEEDS = 2
@@ -150,8 +154,8 @@ def test_sources_that_are_not_there_are_named_together_before_anything_is_loaded
     arguments = ["--out", str(tmp_path / "x"), *missing]
     assert command.main([*asked, *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "got 2 that are not: privacy (" in line and "salad_fairness (" in line
-    assert line.endswith("pass --source privacy=FILE --source salad_fairness=FILE")
+    assert "got 2 that are not: privacy, salad_fairness (source must be an existing file" in line
+    assert line.count("'no.csv'") == 1 and line.endswith("pass each as --source NAME=FILE")
     assert not (tmp_path / "x").exists()
     assert command.main([*asked, "--judge", "phrases"]) == 2
     assert "judge must name each judge once" in capsys.readouterr().err
@@ -165,7 +169,7 @@ def test_a_judge_without_a_model_is_named_before_anything_is_loaded(
     others = [f"{own}=none/such" if each.startswith(own) else each for each in asked]
     for more in ([], ["--estimate"]):
         assert command.main([*others, "--out", str(tmp_path / "x"), *more]) == 2
-        assert "error: judge 'own': model must be" in capsys.readouterr().err
+        assert "error: --judge 'own': model must be" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -183,6 +187,98 @@ def test_a_folder_of_other_files_is_left_alone_and_a_study_that_failed_at_once_i
     assert command.main([*asked, *out, "--ratio", "1e-9"]) == 2
     assert command.main([*asked, *out]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: too small"
+
+
+def with_long_rows(asked, folder):
+    """The arguments with one fairness row and one privacy question beyond the 128 positions."""
+    found, long = list(asked), " ".join(WORDS[:1] * 150)
+    for name, key in (("fairness", "response"), ("salad_privacy", "prompt")):
+        place = next(i for i, each in enumerate(asked) if each.startswith(f"--source={name}="))
+        rows = lines(Path(asked[place].partition(f"{name}=")[2]))
+        rows[2][key] = long
+        found[place] = f"--source={name}={write_jsonl(folder / f'{name}.jsonl', rows)}"
+    return [*found, "--examples", "10"]
+
+
+def test_what_no_step_could_take_is_named_before_the_first_with_advice_that_can_be_followed(
+    asked, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command.steps, "run_job", lambda *a, **k: pytest.fail("it went on"))
+    long, out = with_long_rows(asked, tmp_path), ["--out", str(tmp_path / "out")]
+    cut = "cut it with --max-length; or pass --skip-bad-rows to leave such rows out"
+    masked = save_model(tmp_path / "masked", tiny_models.bert)
+    known = {each.option_strings[-1] for each in command._parser()._actions}
+    for arguments, said in [
+        (long, cut),
+        ([*long, "--max-length", "100"], "row 3 must leave room for 3 new tokens in the model's"),
+        ([*asked, "--ratio", "1e-9"], "of the largest matrix; the smallest that would is"),
+        (["--model", str(masked), *asked[2:]], "--model must be a causal language model"),
+        ([*asked, "--ratio", "2"], "ratio must be above 0 and at most 1, got 2"),
+    ]:
+        for more in ([], ["--estimate"]):
+            assert command.main([*arguments, *out, *more]) == 2
+            (error,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error")]
+            assert said in error
+            assert {word.rstrip(";,") for word in error.split() if word[:2] == "--"} <= known
+            assert "min_k" not in error and "skip_bad_rows" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_and_questions_that_are_left_out_are_counted_and_stand_in_no_figure(
+    asked, tmp_path, capsys
+):
+    few = ["--seeds", "1", "--tasks", "--skip-bad-rows", "--out", str(tmp_path / "out")]
+    assert command.main([*with_long_rows(asked, tmp_path), *few]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert found["settings"]["questions"]["salad_privacy"] == 9
+    warnings = " ".join(found["warnings"])
+    assert "Seed 0, fairness: 1 row is left out: row 3 (" in warnings
+    assert "salad_privacy: 1 of 10 questions are left out, too long to answer." in warnings
+    counted = {each["measure"]: each["n"] for each in found["changes"]}
+    assert counted["privacy, awareness (own)"] == 9 and counted["fairness, awareness (own)"] == 10
+
+
+def test_the_commit_that_a_hub_id_stood_for_is_kept(asked, tmp_path, monkeypatch, capsys):
+    home, commit = tmp_path / "cache" / "models--me--m", "0123456789abcdef" * 2 + "01234567"
+    shutil.copytree(asked[1], home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert cached_commit("me/m") == commit
+    assert cached_commit(asked[1]) is None and cached_commit("me/other") is None
+    study = command._study(command._parser().parse_args(["--model", "me/m", *asked[2:]]))
+    study = dataclasses.replace(study, out=tmp_path / "out")
+    command.steps.open_study(study, command.steps.read_sources(study))
+    assert command.steps.revision(study) == commit
+
+
+def test_parts_are_counted_and_nothing_is_announced_that_measures_nothing(asked, tmp_path, capsys):
+    loud = [each for each in asked if each != "--quiet"]
+    few = ["--seeds", "1", "--tasks", "--out", str(tmp_path / "out")]
+    assert command.main([*loud, *few]) == 0
+    printed, steps = capsys.readouterr()
+    parts = [line for line in printed.splitlines() if line.startswith("part ")]
+    names = ("scored/0", "answers", "verdicts/own", "verdicts/phrases", "price")
+    for number, (part, name) in enumerate(zip(parts, names, strict=True), start=1):
+        assert part.startswith(f"part {number} of 5: ") and part.endswith(name)
+    assert "7 of 7: perplexity, unspared-0" in printed
+    assert "fastdean: step 7 of 7, couple" in steps and "measure" not in steps
+    assert "fastdean: step 10 of 10, answers, unspared-0" in steps
+    # The judge that a file and a model make keeps both names, and a source its own.
+    made = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))["command"]
+    assert "--judge own.json=model" in made and "--source=fairness=fairness.jsonl" in made
+
+
+def test_many_verdicts_that_could_not_be_read_are_a_warning():
+    def records(name, lost):
+        kinds = ["unparsed"] * lost + ["safe"] * (30 - lost)
+        return [{"judge": name, "variant": v, "verdict": k} for v in "ab" for k in kinds]
+
+    found = {"own": [*records("own", 0)[:30], *records("own", 10)[30:]], "fine": records("f", 1)}
+    phrases = [{"judge": "phrases", "variant": "a", "verdict": None}]
+    (said,) = table._unread({**found, "phrases": phrases})
+    assert said.startswith("own: 10 of 60 verdicts could not be read, most under b (10 of 30): ")
 
 
 def test_an_interrupt_is_one_line(asked, tmp_path, monkeypatch, capsys):
@@ -301,6 +397,8 @@ def test_a_name_is_no_path_and_a_judge_that_fails_leaves_the_others_to_judge(
     ("by_seed", "reading"),
     [
         ((1.0, 1.0, 1.0), "higher"),
+        # One seed agrees with none.
+        ((1.0,), "no verdict from one seed"),
         # All items agree, the seeds do not.
         ((2.0, 0.1, 0.0), "no effect beyond noise between seeds"),
         ((0.0, 0.0, 0.0), "no effect beyond noise"),
@@ -315,9 +413,9 @@ def test_an_effect_takes_items_and_seeds_that_agree(by_seed, reading):
     }
     measures = [Measure(name, values, None) for name in ("a", "b")]
     # A model that an edit broke has no perplexity: it is told, and counts as a test.
-    lost = values | {"coupled-1": np.full(200, np.nan)}
+    lost = values | {f"coupled-{len(by_seed) - 1}": np.full(200, np.nan)}
     measures.append(Measure("text", lost, None, np.ones(200)))
-    changes, family, broken = table._changes(measures, {"coupled": range(3)})
+    changes, family, broken = table._changes(measures, {"coupled": range(len(by_seed))})
     assert broken == ["text is no number, and not compared, of: coupled."]
     assert (family["tests"], len(changes)) == (3, 2)
     for change in changes:

@@ -45,10 +45,17 @@ def test_a_folder_of_two_parts_that_exists_is_a_path(tmp_path, monkeypatch):
         ("seat=/home/alice/seat.jsonl", "seat=seat.jsonl"),
         ("crows_pairs", "crows_pairs"),
         ("/home/a=b/rows.csv", "rows.csv"),
+        ("--source=fair=/home/alice/fair.csv::prompt=q", "--source=fair=fair.csv::prompt=q"),
     ],
 )
 def test_a_source_keeps_its_measure_and_its_columns(given, told):
     assert public_source(given) == told
+
+
+def test_a_file_before_a_model_keeps_its_name(tmp_path):
+    (tmp_path / "own.json").write_text("{}")
+    for model, told in (("/m/a=b/judge", "judge"), ("me/judge", "me/judge")):
+        assert public_source(f"{tmp_path}/own.json={model}") == f"own.json={told}"
 
 
 def test_a_command_can_still_be_read():

@@ -965,13 +965,12 @@ def test_all_data_sets_take_one_sweep_by_layers(
         assert found.manifest["order"]["by"] == "layers"
         assert found.manifest["data"] == expected.manifest["data"]
     named = "score fairness, privacy, general"
-    # A streamed model is not loaded where nothing is to be measured.
-    steps_in_all = {"layers": 5, "auto": 9}[by]
-    assert scoring_steps(capsys) == [f"fastdean: step 4 of {steps_in_all}, {named}"]
+    # Nothing is to be measured, and a streamed model not loaded: what is left is to couple.
+    assert scoring_steps(capsys) == [f"fastdean: step 4 of 5, {named}"]
     (row,) = [row for row in results["cost"] if row["step"].startswith("score")]
     tokens = sum(data["tokens"] for data in results["data"].values())
     assert row["step"] == named and row["tokens"] == tokens and row["seconds"] > 0
-    assert len(results["cost"]) == steps_in_all
+    assert len(results["cost"]) == 5
 
 
 def test_auto_that_takes_the_batches_has_a_step_for_each_data_set(
@@ -980,11 +979,11 @@ def test_auto_that_takes_the_batches_has_a_step_for_each_data_set(
     results = run(Job(**place, **QUICK, order="auto"), tmp_path / "run", progress=True)
     assert not windows and results["coupling"] == finished[1]["coupling"]
     names = [f"score {name}" for name in DATA_SETS]
-    expected = [f"fastdean: step {n} of 11, {name}" for n, name in enumerate(names, 4)]
+    expected = [f"fastdean: step {n} of 7, {name}" for n, name in enumerate(names, 4)]
     assert scoring_steps(capsys) == expected
     costs = {row["step"]: row["tokens"] for row in results["cost"]}
     assert [costs[name] for name in names] == [results["data"][s]["tokens"] for s in DATA_SETS]
-    assert len(costs) == 11
+    assert len(costs) == 7
 
 
 def test_auto_that_must_take_the_batches_after_all_counts_its_steps_anew(
@@ -997,10 +996,10 @@ def test_auto_that_must_take_the_batches_after_all_counts_its_steps_anew(
     monkeypatch.setattr(by_layers.Sweep, "run", sweep)
     results = run(Job(**place, **QUICK, order="auto"), tmp_path / "run", progress=True)
     assert results["coupling"] == finished[1]["coupling"]
-    expected = ["step 4 of 9, score fairness, privacy, general"]
-    expected += [f"step {n} of 11, score {name}" for n, name in enumerate(DATA_SETS, 4)]
+    expected = ["step 4 of 5, score fairness, privacy, general"]
+    expected += [f"step {n} of 7, score {name}" for n, name in enumerate(DATA_SETS, 4)]
     assert scoring_steps(capsys) == [f"fastdean: {step}" for step in expected]
-    assert len(results["cost"]) == 11
+    assert len(results["cost"]) == 7
 
 
 @pytest.mark.parametrize("by", ["layers", "auto"])
@@ -1024,9 +1023,8 @@ def test_a_sweep_whose_scores_could_not_be_saved_is_not_run_again(
     # Of a streamed model the first layer is read to try the hooks, and all to compare them.
     assert max(windows.values(), default=0) <= (2 if by == "layers" else 0)
     assert results["coupling"] == finished[1]["coupling"]
-    steps_in_all = {"layers": 5, "auto": 9}[by]
     named = "score fairness, privacy, general"
-    assert scoring_steps(capsys) == [f"fastdean: step 4 of {steps_in_all}, {named}"]
+    assert scoring_steps(capsys) == [f"fastdean: step 4 of 5, {named}"]
     assert not (tmp_path / "run" / "sweep").exists()
 
 

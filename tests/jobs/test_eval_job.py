@@ -105,17 +105,22 @@ def test_the_figures_are_those_of_the_measure_without_and_with_the_mask(place, t
     assert untraced(page, found) == []
 
 
-def test_items_that_are_all_as_they_were_are_not_told_as_certainty(tmp_path):
-    """A mean of zeros has no spread: that nothing changed in 12 items is not that nothing does."""
+def unchanging(tmp_path):
+    """The arguments for a model and a mask of weights that are 0 already."""
     name = "model.layers.0.mlp.down_proj.weight"
     model = llama()
     model.get_parameter(name).data.view(-1)[:4] = 0
     model.save_pretrained(tmp_path / "model")
     tiny_bias.spelling_tokenizer("causal").save_pretrained(tmp_path / "model")
     tiny_masks.mask_of(model, {name: list(range(4))}).save_pretrained(tmp_path / "mask")
+    return ["--model", tmp_path / "model", "--mask", tmp_path / "mask", "--quiet", "--json"]
+
+
+def test_items_that_are_all_as_they_were_are_not_told_as_certainty(tmp_path):
+    """A mean of zeros has no spread: that nothing changed in 12 items is not that nothing does."""
+    asked = unchanging(tmp_path)
     rows = [{"prompt": f"is the nurse {'rich ' * n}"} for n in range(1, 13)]
     file = tiny_folders.write_jsonl(tmp_path / "benign.jsonl", rows)
-    asked = ["--model", tmp_path / "model", "--mask", tmp_path / "mask", "--quiet", "--json"]
     result = call(*asked, "--out", tmp_path / "out", "--bias", f"over_refusal={file}")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -211,9 +216,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(place, options, text):
     refused(call("--model", place["model"], *options), text)
 
 
-def test_bbq_and_over_refusal_are_measures_of_the_job(place, tmp_path):
-    """The tiny tokenizer spells every opening alike, which over_refusal says."""
-    rows = [
+def bbq_rows(count):
+    return [
         {
             "context": f"{W[n]} {W[n + 1]}",
             "question": W[n + 2],
@@ -229,9 +233,27 @@ def test_bbq_and_over_refusal_are_measures_of_the_job(place, tmp_path):
             },
             "additional_metadata": {"stereotyped_groups": ["old"]},
         }
-        for n in range(8)
+        for n in range(count)
     ]
-    file = tiny_folders.write_jsonl(tmp_path / "bbq.jsonl", rows)
+
+
+def test_a_bootstrap_of_items_that_are_all_as_they_were_has_no_interval(tmp_path):
+    """Its resamples of no change have no width either."""
+    file = tiny_folders.write_jsonl(tmp_path / "bbq.jsonl", bbq_rows(24))
+    result = call(*unchanging(tmp_path), "--out", tmp_path / "out", "--bias", f"bbq={file}")
+    assert result.exit_code == 0, result.stderr
+    measures = json.loads(result.stdout)["measures"]
+    moved = measures["BBQ, bias score in disambiguated contexts"]["raw_change"]
+    assert (moved["value"], moved["low"], moved["high"], moved["changed"]) == (0, None, None, 0)
+    # Of the 12 clear contexts; a bootstrap's interval is of no family.
+    assert 20 < moved["changed_most"] < 50
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "[0, 0]" not in result.stderr and "[0, 0]" not in page
+
+
+def test_bbq_and_over_refusal_are_measures_of_the_job(place, tmp_path):
+    """The tiny tokenizer spells every opening alike, which over_refusal says."""
+    file = tiny_folders.write_jsonl(tmp_path / "bbq.jsonl", bbq_rows(8))
     asked = ["--model", place["model"], "--mask", place["mask"], "--quiet", "--json"]
     result = call(*asked, "--bias", f"bbq={file}")
     assert result.exit_code == 0, result.stderr

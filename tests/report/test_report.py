@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,8 @@ import pytest
 from tiny_results import DEBIASED, MODULES, make_results, mask
 
 from fastdean.report import render_report, write_report
+from fastdean.report.estimates import Estimate
+from fastdean.report.plots import interval_rows, value_strips
 
 HEADINGS = {
     "glance": "At a glance",
@@ -580,6 +583,26 @@ def test_very_many_matrices_are_summed_in_the_plot_and_counted_in_the_table():
     rows = cells(page, "Top sets")
     assert len(rows) - 2 <= 600
     assert f"{900 - (len(rows) - 2)} of 900 matrices are not listed" in page
+
+
+def test_the_names_of_a_plots_rows_are_whole_and_broken_between_words():
+    name = "fairness, safe by answering as judged by (letters of a judge of long name)"
+    rows = [Estimate(name, 0.25, -0.5, 1.0), Estimate("short", 0.0, -0.5, 0.5)]
+    plot = ElementTree.fromstring(
+        str(interval_rows(rows, "a", no_effect=0.0, axis_name="change", width=360))
+    )
+    texts = [(float(each.get("y")), each) for each in plot.iter("text")]
+    own = [(y, each.text) for y, each in texts if each.get("class") == "strong"]
+    assert " ".join(text for _, text in own) == f"{name} short" and len(own) > 2
+    # A line below the other, and none over another row's.
+    assert all(b - a >= 17 for (a, _), (b, _) in itertools.pairwise(own))
+    values = [y for y, each in texts if each.get("class") == "value"]
+    assert values[1] == own[-1][0] and own[-2][0] <= values[0] < own[-1][0] - 30
+    strips = ElementTree.fromstring(
+        str(value_strips([(name, [1.0, 2.0], ("first", "ring"))], "a", 360, "x"))
+    )
+    shown = [each.text for each in strips.iter("text") if each.get("class") == "strong"]
+    assert " ".join(shown) == name
 
 
 def test_the_command_is_whole_and_the_manifest_is_json():

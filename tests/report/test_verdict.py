@@ -197,6 +197,8 @@ def test_many_figures_are_counted_and_those_that_changed_are_named():
     few = {**still, "verdict": "no verdict from n = 5"}
     of_few = {**rows, "task 4, acc": {"unit": "%", "before": {}, "raw_change": few, "change": few}}
     assert verdict_line({"measures": of_few}) == "No change shown in 4 of 5 figures."
+    of_all = {name: row | {"change": few, "raw_change": few} for name, row in rows.items()}
+    assert verdict_line({"measures": of_all}) == "No verdict on any of 5 figures."
     moved = change(-3.0, -5.0, -1.0, "lower", key="value")
     rows["task 3, acc"] = {"unit": "%", "before": {}, "raw_change": moved, "change": moved}
     assert verdict_line({"measures": rows}) == "1 of 5 figures changed: task 3 −3.0 points."

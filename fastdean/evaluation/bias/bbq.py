@@ -160,6 +160,7 @@ def bbq(
         lambda index: _ratio(100.0 * signs[clear][index], known[clear][index]),
         int(clear.sum()),
         neutral=0.0,
+        values=100.0 * signs[clear],
         categories=members(_categories(rows, clear)),
         figures=figures,
         notes=[_NOTE],

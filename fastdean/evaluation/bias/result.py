@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ class BiasResult:
 
     def _line(self, category: str | None = None) -> str:
         interval = self.interval if category is None else self.by_category[category]
-        known = (interval.mean,) if interval.n < 2 else (interval.mean, interval.low, interval.high)
+        has_ends = math.isfinite(interval.low) and math.isfinite(interval.high)
+        known = (interval.mean, interval.low, interval.high) if has_ends else (interval.mean,)
         mean, *ends = apart(*known)
         unit = f" {self.unit}" if self.unit else ""
         bounds = f" [{', '.join(ends)}]" if ends else ""
@@ -116,6 +118,7 @@ def statistic_result(
     n: int,
     *,
     neutral: float | None,
+    values: Tensor | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
@@ -125,12 +128,14 @@ def statistic_result(
 
     Args:
         statistic: from example indices, int64 [k, m], to float64 [k], row by row, for any m.
+        values: float64 [n], what of an example decides the statistic, to tell whether it changed;
+            None: that is no single number.
         confidence, resamples, seed: as in `bootstrap_interval`.
         described: as in `_result`.
     """
 
     def interval(chosen: Tensor) -> Interval:
-        return bootstrap_interval(
+        found = bootstrap_interval(
             lambda index: statistic(chosen[index]),
             len(chosen),
             confidence=confidence,
@@ -138,6 +143,7 @@ def statistic_result(
             seed=seed,
             no_effect=neutral,
         )
+        return found if values is None else replace(found, values=values[chosen].numpy())
 
     return _result(name, interval, n, neutral=neutral, **described)
 

@@ -7,6 +7,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastdean.wording.mendable import InputTypeError
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -38,11 +40,13 @@ def cohen_kappa(first: Sequence[Hashable | None], second: Sequence[Hashable | No
 
     Args:
         first, second: a label for each answer, None or NaN where there is none; such pairs do not
-            count.
+            count. A list, or an array or tensor of shape [n].
 
     Raises:
         ValueError: they are not of one length.
+        TypeError: they are no lists of labels: words, numbers or the like.
     """
+    first, second = _labels(first, "first"), _labels(second, "second")
     if len(first) != len(second):
         raise ValueError(
             f"second must have a label for each of first's {len(first)}, got {len(second)}; give "
@@ -60,6 +64,26 @@ def cohen_kappa(first: Sequence[Hashable | None], second: Sequence[Hashable | No
     kappa = None if chance == n * n else (same * n - chance) / (n * n - chance)
     ordered = dict(sorted(counts.items(), key=lambda item: tuple(map(str, item[0]))))
     return Agreement(n, same / n, kappa, ordered)
+
+
+def _labels(given: Any, name: str) -> list[Hashable | None]:
+    """In a list, as Python's own values: a tensor's elements are equal, and hashed by place."""
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(given, Sequence):
+        raise InputTypeError(
+            f"{name} must be a list of labels, got {type(given).__name__}; give one for each "
+            "answer, in one order"
+        )
+    found = [each.tolist() if hasattr(each, "tolist") else each for each in given]
+    for place, label in enumerate(found):
+        try:
+            hash(label)
+        except TypeError:
+            raise InputTypeError(
+                f"{name} must hold a label for each answer, such as a word or a number, got "
+                f"{label!r:.80} at index {place}; give one label, not several"
+            ) from None
+    return found
 
 
 def _is_label(label: Hashable | None) -> bool:

@@ -56,6 +56,8 @@ def run(
     Ranks.require_alone("fastdean answer")
     session = Session.open(job, out, command, overwrite, progress, shows=ANSWERS_FILE)
     skipped = Skipped() if job.skip_bad_rows else None
+    # Prompts, the model loaded and checked, or the server asked; answers of each variant.
+    session.costs.total = 2 + 1 if job.server is not None else 3 + 1 + len(job.mask)
     with session.costs.step("read prompts"):
         rows, _ = take_rows(
             job.prompts, job.examples, job.seed, name="prompts", skipped=skipped, prompts=True

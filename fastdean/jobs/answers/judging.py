@@ -62,7 +62,7 @@ from fastdean.wording.mendable import StateError
 
 _SERVED = "::model="
 # Above this share what is left may be another kind of answers.
-_MUCH_UNPARSED = 0.05
+MUCH_UNPARSED = 0.05
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def _results(
         f"{row['judge']} on {row['variant']}: {row['unparsed']} of {row['answers']} verdicts could "
         "not be parsed; look at their output in " + VERDICTS_FILE
         for row in judged
-        if row["unparsed"] > _MUCH_UNPARSED * row["answers"]
+        if row["unparsed"] > MUCH_UNPARSED * row["answers"]
     ]
     return plain(
         {

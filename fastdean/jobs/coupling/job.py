@@ -195,6 +195,11 @@ class Job(ScoringJob):
         return found
 
     @property
+    def measures(self) -> bool:
+        """Whether anything is measured with the masks."""
+        return bool(self.eval_examples or self.bias or self.answers)
+
+    @property
     def effective_ratio(self) -> float:
         from fastdean.coupling.sets import DEFAULT_RATIO
 

@@ -107,9 +107,9 @@ def run(
         with session.costs.step("couple"):
             masks, warnings = _couple(scores, model, session)
             grid = _grid(scores, model, session, masks, warnings)
-        tables: dict[str, Any] = {}
+        tables: dict[str, Any] = {} if model is None else {"margins": {}}
         notes: list[str] = []
-        if model is not None:
+        if model is not None and job.measures:
             tables, notes = measure(
                 model,
                 masks,
@@ -148,7 +148,7 @@ def _prepare(session: Session[Job]) -> _Prepared:
         bias_asked.require_readable(job.bias)
     digests = {f"{name} rows": split.digest for name, split in rows.items()}
     session.compare({**digests, **benchmark_digests(job.bias)})
-    _require_selection_as_described(job)
+    require_selection_as_described(job)
     opened = RunModel.open(session)
     model, tokenizer = opened.module, opened.tokenizer
     opened.compare(session)
@@ -259,7 +259,7 @@ def _require_selection(sizes: Sequence[int], targets: Sequence[Target], job: Job
     raise nothing_selected_error(job.effective_ratio, largest, job.scope, of_experts=of_experts)
 
 
-def _require_selection_as_described(job: Job) -> None:
+def require_selection_as_described(job: Job) -> None:
     """Refuse a ratio that selects nothing before any weight is read, where the configuration tells.
 
     What a configuration does not describe, or describes otherwise than it is loaded, is left to
@@ -308,6 +308,7 @@ def _steps_after_scoring(job: Job, model: RunModel | None) -> int:
     grid = {*(job.general_grid or ())} - {job.effective_ratio}
     models = 1 + len({job.rule, *CONTROLS})
     measuring = models * (1 + len(job.bias) + bool(job.answers)) + len(grid)
+    measuring *= job.measures
     if model is None or model.stream is None:
         return 1 + measuring
     return 1 + model.steps_to_come * (1 + measuring)
