@@ -105,8 +105,9 @@ class Session(Generic[AnyJob]):
             return None
         if not self.ranks.first:
             return {}
-        logger.warning("%r holds the run already, which this job finished before", str(self.folder.path))
-        return read_results(self.folder.path / RESULTS_FILE)
+        out = self.folder.path
+        logger.warning("%r holds the run already, which this job finished before", str(out))
+        return read_results(out / RESULTS_FILE)
 
     def _finished_by_an_earlier_start(self) -> bool:
         """Without --overwrite: what that is to replace looks the same until it is replaced."""

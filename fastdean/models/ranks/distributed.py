@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdean.models.ranks.lost_ranks import Words, limit_collectives
+from fastdean.models.ranks.lost_ranks import Words, is_of_a_collective, limit_collectives
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
@@ -357,12 +357,13 @@ class Ranks:
 
     def _tell(self, error: BaseException) -> None:
         """Have the other ranks hear of an error of this one, or say which of them it comes of."""
-        if not _meeting.layers_meet:
+        if not _meeting.layers_meet and not is_of_a_collective(error):
             # What ended this one says more than that another is lost too.
             with suppress(RuntimeError):
                 self._meet(failed=True)
             return
-        # Others may wait inside of a layer, where they expect something else than a question.
+        # Others may wait inside of a layer, where they expect something else than a question. When a
+        # rank is lost, those of FSDP2 do too, which gathers weights there.
         _meeting.failure_is_known = True
         words, limit = _meeting.words, _meeting.timeout
         words.explain(self.rank, self.size, limit, _meeting.in_step, error)
