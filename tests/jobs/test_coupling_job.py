@@ -1427,6 +1427,11 @@ def test_a_run_that_a_job_finished_is_its_own_when_it_is_started_again(
             ran()
 
 
+def test_all_scores_are_kept_as_score_takes_it(place, tmp_path):
+    job = ScoreJob(model=place["model"], data=place["privacy"], keep_top=None)
+    assert run_score(job, tmp_path / "out", overwrite=False, progress=False).keep_top is None
+
+
 def raises(error):
     def raising(*args, **options):
         raise error
