@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdean.coupling.resuming.kept_files import STANDING, damaged
-from fastdean.coupling.resuming.state_files import full_disk
+from fastdean.coupling.resuming.state_files import not_written
 from fastdean.files.declared import (
     Exactly,
     Kind,
@@ -68,7 +68,8 @@ def read_job(folder: Path, advice: str | None = None) -> dict[str, Any]:
 
 
 def write_job(folder: Path, content: Mapping[str, Any]) -> None:
-    write_json_atomic(folder / JOB, {"kind": _KIND, "format": FORMAT, **content})
+    """Raises: OSError: it cannot be written."""
+    _write(folder / JOB, {"kind": _KIND, "format": FORMAT, **content})
 
 
 def require_same_parts(
@@ -115,11 +116,15 @@ def read_progress(folder: Path, number: str) -> dict[str, Any] | None:
 
 
 def write_progress(folder: Path, content: Mapping[str, Any]) -> None:
-    """Raises: RuntimeError: it cannot be written."""
+    """Raises: OSError: it cannot be written."""
+    _write(folder / PROGRESS, {**content, "sha256": _digest(content)})
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
     try:
-        write_json_atomic(folder / PROGRESS, {**content, "sha256": _digest(content)})
+        write_json_atomic(file, content)
     except OSError as error:
-        raise full_disk(folder, error) from error
+        raise not_written(file.parent, error) from error
 
 
 def _digest(content: Mapping[str, Any]) -> str:

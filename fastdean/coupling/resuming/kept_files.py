@@ -26,7 +26,7 @@ from fastdean.coupling.resuming.state_files import (
     Part,
     StateFile,
     Stored,
-    full_disk,
+    not_written,
 )
 from fastdean.files.declared import (
     Anything,
@@ -127,7 +127,7 @@ class KeptFiles(InFiles):
                     os.fsync(file.handle)
                     file.flushed = end
             except OSError as error:
-                raise full_disk(self.folder, error) from error
+                raise not_written(self.folder, error) from error
             found[file.path.name] = file.standing()
         return found
 
@@ -265,7 +265,7 @@ class KeptFiles(InFiles):
         try:
             return _KeptFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         except OSError as error:
-            raise full_disk(self.folder, error) from error
+            raise not_written(self.folder, error) from error
 
 
 def file_name(key: Key) -> str:

@@ -10,6 +10,7 @@ why nothing is added twice.
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import threading
@@ -287,7 +288,7 @@ def resumable(
         try:
             with ranks.failing_together():
                 stack.enter_context(held(own, "resume"))
-                fresh = not (own / JOB).exists()
+                fresh = not os.path.lexists(own / JOB)
                 number, levels = _claimed(own, where, parts, made, ranks)
             job = Resumable(own, number, ranks, resident, read_here)
             job.home.besides_bytes = results_bytes
@@ -370,7 +371,7 @@ def _claimed(
     own: Path, where: str | Path, parts: Mapping[str, str], made: int, ranks: Ranks
 ) -> tuple[str, int]:
     """The job's number, and how many folders were made for it; a new one where there is none."""
-    if not (own / JOB).exists():
+    if not os.path.lexists(own / JOB):
         number = secrets.token_hex(8)
         content = {
             "number": number,
