@@ -604,7 +604,11 @@ def test_files_of_another_job_are_refused(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["thesis.txt", "rank-0/thesis.txt", "rank-x/job.json", "fastdean_config.json"]
+    "name",
+    [
+        *("thesis.txt", "rank-0/thesis.txt", "rank-x/job.json", "fastdean_config.json"),
+        *("rank-01/job.json", "rank-\N{SUPERSCRIPT TWO}/job.json"),
+    ],
 )
 def test_a_folder_of_other_things_is_refused(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdean.coupling.resuming.kept_files import STANDING, damaged
+from fastdean.coupling.resuming.kept_files import STANDING, damaged, is_state_file
 from fastdean.coupling.resuming.state_files import not_written
 from fastdean.files.declared import (
     Exactly,
@@ -61,6 +61,18 @@ _PROGRESS_FILE: Kind = Record(
 )
 
 
+def rank_folder(place: Path, rank: int) -> Path:
+    """The folder of a rank in that of its job."""
+    return place / f"rank-{rank}"
+
+
+def rank_of(name: str) -> int | None:
+    """Whose folder has this name; None: no rank's."""
+    number = name.removeprefix("rank-")
+    is_number = number.isascii() and number.isdecimal() and str(int(number)) == number
+    return int(number) if is_number and name != number else None
+
+
 def read_job(folder: Path, advice: str | None = None) -> dict[str, Any]:
     """Raises: ValueError: the file is damaged."""
     advice = advice or f"remove {str(folder)!r} to start again"
@@ -103,10 +115,13 @@ def read_progress(folder: Path, number: str) -> dict[str, Any] | None:
     Args:
         number: of the job.
     Raises:
-        ValueError: it is damaged, or another job's.
+        ValueError: it is damaged, or another job's, or lost.
     """
     file = folder / PROGRESS
     if not file.exists():
+        # It is written before them.
+        if any(is_state_file(entry.name) for entry in folder.iterdir()):
+            raise damaged(file, "no such file")
         return None
     found = read_json(file, _PROGRESS_FILE, advice=f"remove {str(folder)!r} to start again")
     content = {name: part for name, part in found.items() if name != "sha256"}
