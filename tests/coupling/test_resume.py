@@ -592,6 +592,26 @@ def test_damaged_files_are_refused(damage, job):
     assert "\n" not in str(e.value) and sorted(os.listdir(job / "rank-0")) == left
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_nobody_is_told_to_remove_states_that_cannot_be_opened(number, job, monkeypatch):
+    expected = score()
+    with monkeypatch.context() as patch:
+
+        def refusing(path, flags, *mode, open=os.open):
+            if flags & os.O_RDWR and Path(path).name.startswith("state-"):
+                raise OSError(number, os.strerror(number), path)
+            return open(path, flags, *mode)
+
+        patch.setattr(os, "open", refusing)
+        said = (
+            f"^states must be files that can be written in .*: {os.strerror(number)}; see to that"
+        )
+        with pytest.raises(OSError, match=said) as error:
+            score(resume=job)
+    assert "to start again" not in str(error.value)
+    assert_same_bits(score(resume=job), expected)
+
+
 def test_files_of_another_job_are_refused(job, tmp_path, monkeypatch):
     other = tmp_path / "other"
     stopped(other, 5, monkeypatch)
