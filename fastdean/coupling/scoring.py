@@ -28,6 +28,7 @@ from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.model_state import eager, evaluation_state, frozen, strict_determinism
 from fastdean.models.ranks.distributed import Ranks, check_rank_timeout, failing_together
 from fastdean.wording.granularity import checked_granularity
+from fastdean.wording.log import logger
 
 
 @torch.inference_mode(False)
@@ -242,6 +243,8 @@ def score_sets(
     )
     subject = Subject.of(model, ranks)
     require_same_arguments(asked, len(loaders), subject, ranks)
+    if ranks.size > 1 and ranks.first:
+        logger.info("scoring on %s", subject.ranks.described())
     asked = subject.fitting(asked)
     targets = subject.targets(asked)
     require_same_weights(targets, subject, ranks)

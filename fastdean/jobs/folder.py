@@ -181,6 +181,16 @@ class RunFolder:
         state = self._state()
         return state is not None and not state["finished"] and self._is_ours(state)
 
+    def is_finished(self) -> bool:
+        """Whether the folder holds this very job, finished, as far as its input is read so far."""
+        state = self._state()
+        return state is not None and state["finished"] and self._is_ours(state)
+
+    @property
+    def work(self) -> str:
+        """The job into this folder, as starts of it tell each other of it."""
+        return f"run in {self.path.resolve()}"
+
     def check(self) -> None:
         """Raise ValueError unless the job may write here; nothing is changed."""
         check_place(self.path, "out")

@@ -30,7 +30,8 @@ from fastdean.jobs.options import asked
 from fastdean.models.identity import model_identity
 from fastdean.models.loading import load_model
 from fastdean.models.ranks.distributed import Ranks
-from fastdean.report import write_card, write_report
+from fastdean.models.ranks.earlier_starts import begun_before, note_begun
+from fastdean.report import read_results, write_card, write_report
 from fastdean.wording.log import logger
 
 AnyJob = TypeVar("AnyJob", Job, CollapseJob, DebiasJob, AnswerJob, EvalJob)
@@ -89,8 +90,29 @@ class Session(Generic[AnyJob]):
         # Other ranks may run on machines that do not see the folder.
         if ranks.first:
             require_outside(folder.path, job.model)
-            folder.check()
+            if not session._finished_by_an_earlier_start():
+                folder.check()
+                note_begun(folder.work)
         return session
+
+    def finished_before(self) -> dict[str, Any] | None:
+        """The results of a job that torchrun starts again though an earlier start has finished it.
+
+        Since a rank has died after that. None where there is something left to do; every rank calls
+        it. Another rank than the first gets an empty dictionary in place of the results.
+        """
+        if not self.ranks.agree(self.ranks.first and self._finished_by_an_earlier_start()):
+            return None
+        if not self.ranks.first:
+            return {}
+        out = self.folder.path
+        logger.warning("%r holds the run already, which this job finished before", str(out))
+        return read_results(out / RESULTS_FILE)
+
+    def _finished_by_an_earlier_start(self) -> bool:
+        """Without --overwrite: what that is to replace looks the same until it is replaced."""
+        folder = self.folder
+        return not folder.overwrite and folder.is_finished() and begun_before(folder.work)
 
     def compare(self, digests: Mapping[str, str | None]) -> None:
         """Note what the job reads; ValueError if the folder holds figures of other input."""

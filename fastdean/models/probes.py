@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,12 +29,19 @@ from fastdean.models.model_state import (
     max_tokens,
     weight_of,
 )
+from fastdean.models.ranks.lost_ranks import is_of_a_collective
+from fastdean.wording.mendable import is_out_of_memory
+
+T = TypeVar("T")
 
 _PROBE_TOKENS = 12
 # Devices on which examples may attend by segments.
 _BY_SEGMENTS = ("cpu", "cuda")
 # What a module notes as a number or a text.
 _PLAIN = (bool, int, float, str)
+# What a model raises that takes more than token ids, or cannot run at all, which its own run will
+# say better.
+_NO_RUN = (AttributeError, RuntimeError, TypeError, ValueError)
 # Model -> the state that it was measured in, and the answers.
 _ANSWERS: WeakKeyDictionary[nn.Module, tuple[int, dict]] = WeakKeyDictionary()
 
@@ -82,21 +89,16 @@ def repeats(model: nn.Module) -> bool | None:
     False for a layer that is random in eval mode too, or whose passes change what it computes.
     """
 
-    def measured() -> bool | None:
-        try:
-            ids, _ = _ordinary_ids(model)
-            first, again = _logits_of_ids(model, ids), _logits_of_ids(model, ids)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, RuntimeError, TypeError, ValueError):
-            return None
+    def measured() -> bool:
+        ids, _ = _ordinary_ids(model)
+        first, again = _logits_of_ids(model, ids), _logits_of_ids(model, ids)
         return _distance(again, first) <= _epsilon(model) / 4
 
-    return _asked_once(model, "repeats", measured)
+    return _asked_once(model, "repeats", lambda: _tried(measured, _NO_RUN, None))
 
 
 def _measured_sight(model: nn.Module, *, ahead: bool) -> bool | None:
-    try:
+    def measured() -> bool | None:
         ids, others = _ordinary_ids(model)
         half = len(ids) // 2
         if half == 0:
@@ -118,27 +120,36 @@ def _measured_sight(model: nn.Module, *, ahead: bool) -> bool | None:
         if epsilon / 4 < moved <= 32 * epsilon:
             return moved > moved_by_the_earlier() / 10
         return moved > epsilon / 4
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        # It takes more than token ids, or cannot run at all, which its own run will say better.
-        return None
+
+    return _tried(measured, _NO_RUN, None)
+
+
+def _tried(measure: Callable[[], T], errors: tuple[type[Exception], ...], otherwise: T) -> T:
+    """The answer of `measure`, or `otherwise` where the model raises one of these errors.
+
+    Errors that say nothing of the model go on: there was no memory, or another rank is lost.
+    """
+    try:
+        return measure()
+    except errors as error:
+        if is_out_of_memory(error) or is_of_a_collective(error):
+            raise
+        return otherwise
 
 
 def numbers_from(model: nn.Module, start: int) -> bool:
     """Whether the model, given no `position_ids`, numbers tokens `start`, `start` + 1 and so on."""
 
     def measured() -> bool:
-        try:
-            ids, _ = _ordinary_ids(model)
-            positions = torch.arange(start, start + len(ids))
-            own = _logits_alone(model, ids)
-            numbered = _logits_of_ids(model, ids, position_ids=positions)
-        except (AttributeError, IndexError, TypeError, ValueError):
-            return False
+        ids, _ = _ordinary_ids(model)
+        positions = torch.arange(start, start + len(ids))
+        own = _logits_alone(model, ids)
+        numbered = _logits_of_ids(model, ids, position_ids=positions)
         return _distance(numbered, own) <= max(1e-6, _epsilon(model))
 
-    return bool(_asked_once(model, ("numbers_from", start), measured))
+    errors = (AttributeError, IndexError, TypeError, ValueError)
+    question = ("numbers_from", start)
+    return bool(_asked_once(model, question, lambda: _tried(measured, errors, False)))
 
 
 def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
@@ -153,12 +164,12 @@ def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
         return False
 
     def measured() -> bool:
-        try:
-            return _keeps_apart(model, examples, lambda parts: _packed_logits(model, parts))
-        except (TypeError, ValueError):  # the model takes no position_ids
-            return False
+        return _keeps_apart(model, examples, lambda parts: _packed_logits(model, parts))
 
-    return bool(_asked_once(model, "packing_is_exact", measured)) and numbers_from(model, 0)
+    # Of a model that takes no position_ids.
+    errors = (TypeError, ValueError)
+    found = _asked_once(model, "packing_is_exact", lambda: _tried(measured, errors, False))
+    return bool(found) and numbers_from(model, 0)
 
 
 def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
@@ -178,18 +189,14 @@ def segments_are_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
             return _packed_logits(model, parts)
 
     def measured() -> bool:
-        # Whatever a model does with a mask or an attention that it does not know.
-        errors = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-        try:
-            return _keeps_apart(model, examples, packed_logits)
-        except torch.OutOfMemoryError:
-            raise
-        except errors:
-            return False
+        return _keeps_apart(model, examples, packed_logits)
 
+    # Whatever a model does with a mask or an attention that it does not know.
+    errors = (*_NO_RUN, IndexError, KeyError)
     # The mode may choose another form of the attention.
     question = ("segments_are_exact", torch.get_deterministic_debug_mode())
-    return bool(_asked_once(model, question, measured)) and numbers_from(model, 0)
+    found = _asked_once(model, question, lambda: _tried(measured, errors, False))
+    return bool(found) and numbers_from(model, 0)
 
 
 def _keeps_apart(

@@ -5,8 +5,11 @@ The processes are started once; each goes through all situations, and the tests 
 
 from __future__ import annotations
 
+import os
 import traceback
+from signal import SIGKILL
 
+import forked
 import pytest
 import torch
 from regularized import (
@@ -30,6 +33,7 @@ from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 from fastdean import CollapseRegularizer
 from fastdean.collapse import CollapseClasses, collapse_metrics, nearest_mean_agreement
+from fastdean.models.ranks import lost_ranks
 
 CUMULATIVE = {}
 WINDOW = {"mode": "window", "decay": 0.5}
@@ -606,3 +610,27 @@ def test_four_ranks_in_two_dimensions_train_as_one_does(tmp_path):
             result = of(ranks[rank], ("metrics", name))
             assert result["counts"] == expected["counts"]
             assert result["nearest"] == expected["nearest"]
+
+
+def dies_while_it_is_measured(rank, folder):
+    """One rank is killed in the first forward pass, in which FSDP gathers weights."""
+    join_group(rank, folder)
+    lost_ranks._SOON, lost_ranks._LOOK = 1.0, 0.1
+    model = llama()
+    if rank == 1:
+        model.model.layers[0].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), SIGKILL))
+    fully(model)
+    with pytest.raises(RuntimeError) as error:
+        collapse_metrics(model, TEXT, some_classes(), progress=False)
+    torch.save(f"{type(error.value).__name__}: {error.value}", folder / f"rank{rank}.pt")
+    os._exit(0)  # torch waits for what FSDP has begun
+
+
+def test_a_rank_that_is_lost_while_the_model_is_measured_is_named(tmp_path):
+    """What the other hears says nothing of the model, such as that it is no language model."""
+    started = [forked.start(dies_while_it_is_measured, rank, tmp_path) for rank in range(WORLD)]
+    codes = [process.finish() for process in started]
+    assert codes[0].returncode == 0, codes[0].stderr
+    heard = torch.load(tmp_path / "rank0.pt")
+    assert heard.startswith("StateError: every rank must stay to the end of the job, got no answer")
+    assert "from rank 1 of 2" in heard

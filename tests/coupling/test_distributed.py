@@ -26,6 +26,7 @@ from fastdean.coupling.resuming import resumable
 from fastdean.coupling.scoring import score_sets
 from fastdean.coupling.workloads.loss_scale import LossScale
 from fastdean.models.loading import stream_model
+from fastdean.models.ranks import distributed as ranks_module
 from fastdean.models.ranks.distributed import Ranks
 
 EXAMPLES = make_examples(lengths=(3, 9, 17, 4, 12))
@@ -414,6 +415,7 @@ def worker(rank, folder):
     found["unlike"] = unlike(rank)
     found["sent"] = sent(rank)
     found["resumed"] = resumed(rank, folder)
+    found["told"] = told(rank)
     found["folder"] = str(folder)
     leave_group(rank, folder, found)
 
@@ -421,6 +423,22 @@ def worker(rank, folder):
 def one_of_four(rank, folder):
     join_group(rank, folder, 4)
     leave_group(rank, folder, in_situations(OF_FOUR, rank))
+
+
+def told(rank):
+    """The log lines on ranks, of a rank that listens to all of them."""
+    lines, logger = [], logging.getLogger("fastdean")
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        one_example(rank)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return [line for line in lines if "ranks" in line]
 
 
 def in_situations(situations, rank):
@@ -651,8 +669,36 @@ def test_nccl_sums_tensors_of_either_device(tmp_path):
         distributed.destroy_process_group()
 
 
-def test_a_job_without_a_process_group_is_warned_about(monkeypatch, caplog):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+@pytest.fixture
+def launched(monkeypatch):
+    """A process in whose environment no launcher has written, and which has warned of none."""
+    for name in ranks_module._PROCESSES:
+        monkeypatch.delenv(name, raising=False)
+    ranks_module._warn_once.cache_clear()
+    yield monkeypatch
+    ranks_module._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_job_without_a_process_group_is_warned_about_once(name, launched, caplog):
+    launched.setenv("WORLD_SIZE", "1")  # torchrun, one process by each of the launcher's
+    launched.setenv(name, "4")
     with caplog.at_level(logging.WARNING, logger="fastdean"):
         assert Ranks.current() == Ranks(0, 1)
-    assert "WORLD_SIZE is 4 but torch.distributed is not initialised" in caplog.text
+        assert Ranks.current() == Ranks(0, 1)
+    assert caplog.text.count(f"{name} is 4 but torch.distributed is not initialised") == 1
+    assert "start the processes with torchrun" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["1", "", "2(x3)"])
+def test_a_launcher_of_one_process_is_not_warned_about(value, launched, caplog):
+    launched.setenv("SLURM_NTASKS", value)
+    with caplog.at_level(logging.WARNING, logger="fastdean"):
+        Ranks.current()
+    assert not caplog.text
+
+
+def test_the_first_rank_says_on_how_many_it_scores(found):
+    assert [rank["told"] for rank in found] == [["scoring on 2 ranks"], []]
+    team = Ranks(1, 4, teams=((0, 1), (2, 3)))
+    assert team.described() == "4 ranks, 2 of which hold a model together"

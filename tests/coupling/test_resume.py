@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -278,6 +279,22 @@ def test_a_full_disk_stops_a_job_that_goes_on(tmp_path, monkeypatch):
     assert seen[0] >= 2
 
 
+@pytest.mark.parametrize("most", [300, 1000, 2500])
+def test_a_limit_on_files_stops_a_job_that_goes_on(most, tmp_path):
+    """On the first file that says which job it is, and on larger ones."""
+    expected, folder = score(), tmp_path / "job"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        message = "^states must be files that can be written in .*rank-0.*, got an error: File too "
+        with pytest.raises(OSError, match=f"{message}.*raise the limit .* call again$") as error:
+            score(resume=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno == errno.EFBIG
+    assert_same_bits(score(resume=folder), expected)
+
+
 def test_a_small_disk_is_refused_with_the_results_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda place: type("Disk", (), FREE)())
     with pytest.raises(RuntimeError, match="room on a disk for about 124,416 bytes"):
@@ -515,6 +532,16 @@ def removed(name):
     return lambda folder: (folder / name).unlink()
 
 
+def linked_to_nothing(name):
+    """As of a disk that is not mounted."""
+
+    def damage(folder):
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder.parent / "elsewhere" / name)
+
+    return damage
+
+
 def swapped(one, other):
     def damage(folder):
         contents = [(folder / name).read_bytes() for name in (one, other)]
@@ -551,15 +578,38 @@ DAMAGES = {
     "job foreign": edited("job.json", "kind", "holidays"),
     "job no job": flipped("job.json", 0),
     "job of another number": edited("job.json", "number", "0"),
+    "job linked to nothing": linked_to_nothing("job.json"),
+    "progress linked to nothing": linked_to_nothing("progress.json"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files_are_refused(damage, job):
     DAMAGES[damage](job / "rank-0")
+    left = sorted(os.listdir(job / "rank-0"))
     with pytest.raises(ValueError, match="must .*, got .*; remove .*rank-0.* to start again") as e:
         score(resume=job)
-    assert "\n" not in str(e.value) and (job / "rank-0").is_dir()
+    assert "\n" not in str(e.value) and sorted(os.listdir(job / "rank-0")) == left
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_nobody_is_told_to_remove_states_that_cannot_be_opened(number, job, monkeypatch):
+    expected = score()
+    with monkeypatch.context() as patch:
+
+        def refusing(path, flags, *mode, open=os.open):
+            if flags & os.O_RDWR and Path(path).name.startswith("state-"):
+                raise OSError(number, os.strerror(number), path)
+            return open(path, flags, *mode)
+
+        patch.setattr(os, "open", refusing)
+        said = (
+            f"^states must be files that can be written in .*: {os.strerror(number)}; see to that"
+        )
+        with pytest.raises(OSError, match=said) as error:
+            score(resume=job)
+    assert "to start again" not in str(error.value)
+    assert_same_bits(score(resume=job), expected)
 
 
 def test_files_of_another_job_are_refused(job, tmp_path, monkeypatch):
@@ -574,7 +624,11 @@ def test_files_of_another_job_are_refused(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["thesis.txt", "rank-0/thesis.txt", "rank-x/job.json", "fastdean_config.json"]
+    "name",
+    [
+        *("thesis.txt", "rank-0/thesis.txt", "rank-x/job.json", "fastdean_config.json"),
+        *("rank-01/job.json", "rank-\N{SUPERSCRIPT TWO}/job.json"),
+    ],
 )
 def test_a_folder_of_other_things_is_refused(name, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -224,6 +224,26 @@ def test_files_that_are_damaged_are_refused(job):
         score(resume=job, **EXACT)
 
 
+def test_a_lost_record_is_refused_with_what_it_is_of(job):
+    """Finished matrices are not scored again because nobody knows of them."""
+    (job / "rank-0" / "progress.json").unlink()
+    with pytest.raises(ValueError, match=r"progress.json' must be as .*, got no such file; remove"):
+        score(resume=job, **EXACT)
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_what_ranks_left_before_they_began_is_not_in_the_way_of_the_results(job, alone, begun):
+    """Of ranks that there are no more, killed when their folders were there and nothing in them."""
+    if not begun:
+        shutil.rmtree(job)
+        (job / "rank-1").mkdir(parents=True)
+    (job / "rank-3").mkdir()
+    (job / "rank-4" / ".job.json.0123abcd.tmp").mkdir(parents=True)
+    (job / ".rank-5.0123abcd.tmp").mkdir()
+    assert_same_bits(score(resume=job, **EXACT), alone)
+    assert not job.exists() or not any(job.iterdir())
+
+
 def mixtral():
     return experts_model("Mixtral")
 

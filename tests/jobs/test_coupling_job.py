@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1386,6 +1387,47 @@ def test_scores_that_a_job_finished_are_its_own_when_it_is_started_again(
             pytest.raises(ValueError, match="holds scores already, finished"),
         ):
             scored()
+
+
+def test_a_run_that_a_job_finished_is_its_own_when_it_is_started_again(
+    job, tmp_path, starts, monkeypatch, caplog
+):
+    out = tmp_path / "out"
+
+    def ran(job=job, **options):
+        return run(job, out, progress=False, **options)
+
+    with monkeypatch.context() as patch, starts("killed while it reads"):
+        patch.setattr(steps, "split_rows", raises(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ran()
+    with starts("killed when all is done"):
+        first = ran()
+        with pytest.raises(ValueError, match="holds this run, finished"):
+            ran()  # by the same process, which nothing has ended
+    written = tree(out)
+    with starts("again"), monkeypatch.context() as patch:
+        nothing_loaded(patch)
+        assert ran() == first
+        with pytest.raises(ValueError, match="another run, which differs in seed"):
+            ran(replace(job, seed=1))
+    assert caplog.text.count("holds the run already, which this job finished before") == 1
+    assert tree(out) == written
+    # What is to be replaced may be what was there before this job.
+    before = (out / "results.json").stat().st_mtime_ns
+    with starts("again, to replace it"):
+        ran(overwrite=True)
+    assert (out / "results.json").stat().st_mtime_ns > before
+    # Of another job, however often that is started.
+    other = HashStore()
+    for name in ("another job", "another job again"):
+        with starts(name, other), pytest.raises(ValueError, match="holds this run, finished"):
+            ran()
+
+
+def test_all_scores_are_kept_as_score_takes_it(place, tmp_path):
+    job = ScoreJob(model=place["model"], data=place["privacy"], keep_top=None)
+    assert run_score(job, tmp_path / "out", overwrite=False, progress=False).keep_top is None
 
 
 def raises(error):

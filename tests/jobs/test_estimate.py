@@ -406,6 +406,9 @@ def test_dense_scores_of_all_sets_stay(folder):
     assert dense.orders["batches"].parts["sums"] == 3 * dense.memory["sums"]
     assert dense.orders["layers"].parts["sums"] == 3 * dense.memory["sums"]
     assert "layers, streamed" not in dense.orders
+    # As `score` takes it.
+    as_score = fastdean.estimate(folder, **JOB, **GPU, keep_top=None, sets=3)
+    assert as_score.orders == dense.orders and as_score.notes == dense.notes
 
 
 def test_float16_has_the_orders_and_sizes_of_bfloat16(folder):

@@ -421,3 +421,38 @@ def test_dynamic_rotary_embeddings_without_an_original_length():
     assert assert_scored(model).manifest["batching"]["alone_above"] == 16
     model.config.max_position_embeddings = -1
     assert assert_scored(model).manifest["batching"]["alone_above"] is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        torch.OutOfMemoryError("tried to allocate 2 GiB"),
+    ],
+    ids=["lost rank", "memory", "device memory"],
+)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        probes.sees_ahead,
+        probes.sees_back,
+        probes.repeats,
+        lambda model: probes.numbers_from(model, 0),
+        lambda model: probes.packing_is_exact(model, [Example(*each) for each in EXAMPLES]),
+        lambda model: probes.segments_are_exact(model, [Example(*each) for each in EXAMPLES]),
+        lambda model: padding_is_exact(model, [Example(*each) for each in EXAMPLES]),
+    ],
+    ids=["ahead", "back", "repeats", "numbers", "packing", "segments", "padding"],
+)
+def test_an_error_that_says_nothing_of_the_model_is_no_answer(ask, error):
+    def fails(*_):
+        raise error
+
+    model = llama()
+    handle = model.model.layers[1].register_forward_hook(fails)
+    with pytest.raises(RuntimeError) as caught:
+        ask(model)
+    assert caught.value is error
+    handle.remove()
+    assert ask(model) is ask(llama())

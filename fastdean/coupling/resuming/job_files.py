@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdean.coupling.resuming.kept_files import STANDING, damaged
-from fastdean.coupling.resuming.state_files import full_disk
+from fastdean.coupling.resuming.kept_files import STANDING, damaged, is_state_file
+from fastdean.coupling.resuming.state_files import not_written
 from fastdean.files.declared import (
     Exactly,
     Kind,
@@ -61,6 +61,18 @@ _PROGRESS_FILE: Kind = Record(
 )
 
 
+def rank_folder(place: Path, rank: int) -> Path:
+    """The folder of a rank in that of its job."""
+    return place / f"rank-{rank}"
+
+
+def rank_of(name: str) -> int | None:
+    """Whose folder has this name; None: no rank's."""
+    number = name.removeprefix("rank-")
+    is_number = number.isascii() and number.isdecimal() and str(int(number)) == number
+    return int(number) if is_number and name != number else None
+
+
 def read_job(folder: Path, advice: str | None = None) -> dict[str, Any]:
     """Raises: ValueError: the file is damaged."""
     advice = advice or f"remove {str(folder)!r} to start again"
@@ -68,7 +80,8 @@ def read_job(folder: Path, advice: str | None = None) -> dict[str, Any]:
 
 
 def write_job(folder: Path, content: Mapping[str, Any]) -> None:
-    write_json_atomic(folder / JOB, {"kind": _KIND, "format": FORMAT, **content})
+    """Raises: OSError: it cannot be written."""
+    _write(folder / JOB, {"kind": _KIND, "format": FORMAT, **content})
 
 
 def require_same_parts(
@@ -102,10 +115,13 @@ def read_progress(folder: Path, number: str) -> dict[str, Any] | None:
     Args:
         number: of the job.
     Raises:
-        ValueError: it is damaged, or another job's.
+        ValueError: it is damaged, or another job's, or lost.
     """
     file = folder / PROGRESS
     if not file.exists():
+        # It is written before them.
+        if any(is_state_file(entry.name) for entry in folder.iterdir()):
+            raise damaged(file, "no such file")
         return None
     found = read_json(file, _PROGRESS_FILE, advice=f"remove {str(folder)!r} to start again")
     content = {name: part for name, part in found.items() if name != "sha256"}
@@ -115,11 +131,15 @@ def read_progress(folder: Path, number: str) -> dict[str, Any] | None:
 
 
 def write_progress(folder: Path, content: Mapping[str, Any]) -> None:
-    """Raises: RuntimeError: it cannot be written."""
+    """Raises: OSError: it cannot be written."""
+    _write(folder / PROGRESS, {**content, "sha256": _digest(content)})
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
     try:
-        write_json_atomic(folder / PROGRESS, {**content, "sha256": _digest(content)})
+        write_json_atomic(file, content)
     except OSError as error:
-        raise full_disk(folder, error) from error
+        raise not_written(file.parent, error) from error
 
 
 def _digest(content: Mapping[str, Any]) -> str:

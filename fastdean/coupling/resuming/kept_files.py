@@ -8,6 +8,7 @@ lies beyond is cut off when a later process opens them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from fastdean.coupling.resuming.state_files import (
     Part,
     StateFile,
     Stored,
-    full_disk,
+    not_written,
 )
 from fastdean.files.declared import (
     Anything,
@@ -43,6 +44,8 @@ from fastdean.files.declared import (
 )
 
 _MAGIC = b"fdstate1"
+# What is in the place of a file that is not there any more: nothing, or something else.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _BEFORE_HEADER = len(_MAGIC) + 8 + 32
 # A header has some hundred bytes for each tensor.
 _LONGEST_HEADER = 1 << 28
@@ -127,7 +130,7 @@ class KeptFiles(InFiles):
                     os.fsync(file.handle)
                     file.flushed = end
             except OSError as error:
-                raise full_disk(self.folder, error) from error
+                raise not_written(self.folder, error) from error
             found[file.path.name] = file.standing()
         return found
 
@@ -163,6 +166,9 @@ class KeptFiles(InFiles):
         try:
             return _KeptFile(path, os.open(path, os.O_RDWR))
         except OSError as error:
+            if error.errno not in _NO_FILE:
+                # Nothing is wrong with what is there.
+                raise not_written(path.parent, error) from error
             raise damaged(path, error.strerror or "no file that can be read") from None
 
     def _scan(self, file: _KeptFile, said: Mapping[str, Any]) -> Key:
@@ -265,7 +271,7 @@ class KeptFiles(InFiles):
         try:
             return _KeptFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         except OSError as error:
-            raise full_disk(self.folder, error) from error
+            raise not_written(self.folder, error) from error
 
 
 def file_name(key: Key) -> str:

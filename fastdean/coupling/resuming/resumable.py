@@ -10,6 +10,7 @@ why nothing is added twice.
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import threading
@@ -27,6 +28,8 @@ from fastdean.coupling.resuming.job_files import (
     JOB,
     PROGRESS,
     START,
+    rank_folder,
+    rank_of,
     read_job,
     read_progress,
     require_same_parts,
@@ -34,7 +37,7 @@ from fastdean.coupling.resuming.job_files import (
     write_progress,
 )
 from fastdean.coupling.resuming.job_parts import circumstances, weights_digest
-from fastdean.coupling.resuming.kept_files import KeptFiles, damaged, is_state_file
+from fastdean.coupling.resuming.kept_files import KeptFiles, is_state_file
 from fastdean.coupling.resuming.milestones import Milestones
 from fastdean.coupling.resuming.taken_over import take_over
 from fastdean.files.storage import (
@@ -224,9 +227,6 @@ class Resumable(Milestones):
     def _read(self) -> None:
         found = read_progress(self._folder, self._number)
         if found is None:
-            # It is written before them.
-            if any(is_state_file(entry.name) for entry in self._folder.iterdir()):
-                raise damaged(self._folder / PROGRESS, "no such file")
             self._save(START, None)
             return
         self._commit, self._before = found["commit"], found["before"]
@@ -263,7 +263,7 @@ def resumable(
         ValueError: the folder holds anything else, or another process is at work with it.
     """
     place = real_place(where, "resume")
-    own = place / f"rank-{ranks.rank}"
+    own = rank_folder(place, ranks.rank)
     # Noted by all ranks, of which any may be the one that is left to remove them.
     made = ranks.highest(sum(1 for each in (place, *place.parents) if not each.exists()))
     with (
@@ -275,6 +275,8 @@ def resumable(
             _require_ours(place, where)
         take_over(place, where, parts, ranks, worth)
         with ranks.failing_together():
+            if ranks.first:
+                _remove_left_by_others(place, ranks.size)
             try:
                 own.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -287,7 +289,7 @@ def resumable(
         try:
             with ranks.failing_together():
                 stack.enter_context(held(own, "resume"))
-                fresh = not (own / JOB).exists()
+                fresh = not os.path.lexists(own / JOB)
                 number, levels = _claimed(own, where, parts, made, ranks)
             job = Resumable(own, number, ranks, resident, read_here)
             job.home.besides_bytes = results_bytes
@@ -333,7 +335,7 @@ def holds_job(where: str | Path) -> bool:
 def discard(where: str | Path) -> None:
     """Remove the job of a single process from a folder: it ends otherwise."""
     place = real_place(where, "resume")
-    own = place / "rank-0"
+    own = rank_folder(place, 0)
     if (own / JOB).is_file():
         with held(own, "resume"):
             levels = read_job(own, "remove its folder to start again")["folders_made"]
@@ -358,19 +360,38 @@ def _require_ours(place: Path, where: str | Path) -> None:
 
 
 def _is_rank(folder: Path) -> bool:
-    kind, _, number = folder.name.partition("-")
-    if kind != "rank" or not number.isdigit() or not folder.is_dir() or folder.is_symlink():
+    if rank_of(folder.name) is None or not folder.is_dir() or folder.is_symlink():
         return False
     names = [entry.name for entry in folder.iterdir()]
     leftover = [name for name in names if is_temporary(name, JOB)]
     return JOB in names or names == leftover
 
 
+def _remove_left_by_others(place: Path, size: int) -> None:
+    """Remove what ranks that there are no more of left when they were killed before they began.
+
+    Else it would be there when the job is through, where its results are to come.
+    """
+    if not place.exists():
+        return
+    for entry in list(place.iterdir()):
+        left = is_temporary(entry.name)
+        number = rank_of(entry.name[1:].partition(".")[0] if left else entry.name)
+        if number is None or number < size:
+            continue
+        if left:
+            sweep(rank_folder(place, number))
+        elif not os.path.lexists(entry / JOB):
+            # In use: of a job that has just begun.
+            with suppress(OSError, ValueError), held(entry, "resume"):
+                remove_folder(entry)
+
+
 def _claimed(
     own: Path, where: str | Path, parts: Mapping[str, str], made: int, ranks: Ranks
 ) -> tuple[str, int]:
     """The job's number, and how many folders were made for it; a new one where there is none."""
-    if not (own / JOB).exists():
+    if not os.path.lexists(own / JOB):
         number = secrets.token_hex(8)
         content = {
             "number": number,

@@ -91,7 +91,7 @@ class StateFile:
                 written = os.pwrite(self.handle, content, at)
                 content, at = content[written:], at + written
         except OSError as error:
-            raise full_disk(self.path.parent, error) from error
+            raise not_written(self.path.parent, error) from error
         return at
 
     def read(self, into: memoryview, offset: int) -> None:
@@ -209,21 +209,24 @@ class InFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except OSError as error:
-            raise full_disk(self.folder, error) from error
+            raise not_written(self.folder, error) from error
         # Without a name it goes with the process, however that ends.
         with suppress(OSError):
             path.unlink()
         return StateFile(path, handle)
 
 
-def full_disk(folder: Path, error: OSError) -> OSError:
-    """The error to raise: a disk that is full is said in our words, others in their own."""
-    if error.errno not in _FULL:
-        return error
-    told = OSError(
-        f"states must have room on the disk of {str(folder)!r}, got none left; free some, or name "
-        "a folder on another disk, and call again"
-    )
+def not_written(folder: Path, error: OSError) -> OSError:
+    """The error to raise where a file cannot be written: of the same number, in our words."""
+    if error.errno in _FULL:
+        what = f"states must have room on the disk of {str(folder)!r}, got none left; free some"
+    else:
+        what = (
+            f"states must be files that can be written in {str(folder)!r}, got an error: "
+            f"{error.strerror or error}; "
+            + ("raise the limit (ulimit -f)" if error.errno == errno.EFBIG else "see to that disk")
+        )
+    told = OSError(f"{what}, or name a folder on another disk, and call again")
     told.errno = error.errno
     return told
 

@@ -25,6 +25,8 @@ import torch
 from fastdean.coupling.resuming.job_files import (
     JOB,
     START,
+    rank_folder,
+    rank_of,
     read_job,
     read_progress,
     require_same_parts,
@@ -77,14 +79,14 @@ def take_over(
         with ranks.failing_together():
             if ranks.first:
                 for number in here:
-                    stack.enter_context(held(_rank(place, number), "resume"))
+                    stack.enter_context(held(rank_folder(place, number), "resume"))
         if needed:
             _take_over(place, where, parts, ranks, worth, jobs)
         with ranks.failing_together():
             if ranks.first:
                 for number in here:
                     if number >= ranks.size:
-                        remove_folder(_rank(place, number))
+                        remove_folder(rank_folder(place, number))
 
 
 def _take_over(
@@ -97,7 +99,7 @@ def _take_over(
 ) -> None:
     # One that all read, as some ranks may have been a step further than others.
     source = -ranks.highest(-min(jobs, default=_NONE))
-    own = _rank(place, ranks.rank)
+    own = rank_folder(place, ranks.rank)
     with ranks.failing_together():
         alike = _alike(place, where, source, jobs, parts, ranks)
         sweep(own)
@@ -140,7 +142,7 @@ def _alike(
     if source not in jobs:
         raise StateError(
             f"resume must be a folder that all ranks see, got {str(where)!r} without "
-            f"{_rank(place, source).name!r} here; put it on a file system that they share"
+            f"{rank_folder(place, source).name!r} here; put it on a file system that they share"
         )
     team = jobs[source].get("team", 1)
     if team != len(ranks.team):
@@ -157,12 +159,12 @@ def _alike(
             "none; remove it to start again"
         )
     job = jobs[min(found)]
-    job = {**job, "parts": _of_any_rank(job["parts"])}
-    require_same_parts(where, job, _of_any_rank(parts), besides=OF_RANKS)
+    job = {**job, "parts": _of_anyrank_folder(job["parts"])}
+    require_same_parts(where, job, _of_anyrank_folder(parts), besides=OF_RANKS)
     return min(found)
 
 
-def _of_any_rank(parts: Mapping[str, str]) -> dict[str, str]:
+def _of_anyrank_folder(parts: Mapping[str, str]) -> dict[str, str]:
     """Which device, and not which of several alike."""
     return {**parts, "device": re.sub(r":\d+", "", parts.get("device", ""))}
 
@@ -177,10 +179,12 @@ def _write(
     worth: Mapping[tuple[int, str], torch.device],
 ) -> int:
     """Write a rank's new folder; how many entries are in it."""
-    of_entries, of_weights = (_progress(_rank(place, number), jobs[number]) for number in sources)
+    of_entries, of_weights = (
+        _progress(rank_folder(place, number), jobs[number]) for number in sources
+    )
     number = secrets.token_hex(8)
     source = jobs[sources[0]]
-    old, kept = KeptFiles(_rank(place, sources[0]), source["number"]), KeptFiles(new, number)
+    old, kept = KeptFiles(rank_folder(place, sources[0]), source["number"]), KeptFiles(new, number)
     try:
         files = of_entries["commit"]["files"]
         old.reopen({name: said for name, said in files.items() if name.startswith("entries-")})
@@ -227,16 +231,11 @@ def _progress(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _jobs_in(place: Path) -> dict[int, dict[str, Any]]:
     """By the number of its rank, what each folder says that has a job."""
-    return {
-        int(file.parent.name.partition("-")[2]): read_job(file.parent)
-        for file in sorted(place.glob(f"rank-*/{JOB}"))
-    }
+    folders = {rank_of(file.parent.name): file.parent for file in place.glob(f"rank-*/{JOB}")}
+    ranks = sorted(number for number in folders if number is not None)
+    return {number: read_job(folders[number]) for number in ranks}
 
 
 def _ranks_of(job: Mapping[str, Any]) -> int:
     number = job["parts"].get(_NUMBER, "0")
     return int(number) if number.isdigit() else 0
-
-
-def _rank(place: Path, number: int) -> Path:
-    return place / f"rank-{number}"

@@ -242,7 +242,7 @@ class ScoreJob(ScoringJob):
 
     data: Annotated[str, Help(f"SRC: {SOURCE_HELP}.")]
     keep_top: Annotated[
-        float, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
+        float | None, Help("Keep only this share of each matrix; 1 keeps all, with its size.")
     ] = 1e-3
     signs: Annotated[
         bool, Help("Keep the signs of the effects too, for couple's --signs; takes more memory.")

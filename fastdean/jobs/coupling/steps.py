@@ -96,6 +96,9 @@ def run(
     ranks = Ranks.current()
     with ranks.failing_together(job.rank_timeout):
         session = Session.open(job, out, command, overwrite, progress)
+        finished = session.finished_before()
+        if finished is not None:
+            return finished
         session.costs.total = _number_of_steps(session)
         prepared = _prepare(session)
     with session.writing():

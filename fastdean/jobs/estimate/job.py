@@ -58,7 +58,9 @@ class EstimateJob:
         int | None, Help("Tokens of each example, where there is no --data [default: 128].")
     ] = None
     sets: Annotated[int, Help("Data sets that are scored.")] = 1
-    keep_top: Annotated[float, Help("Share of each matrix that is kept; 1 keeps all sums.")] = 1e-3
+    keep_top: Annotated[
+        float | None, Help("Share of each matrix that is kept; 1 keeps all sums.")
+    ] = 1e-3
     target_modules: options.TargetModules = "mlp"
     granularity: options.Granularity = "weight"
     tokens_per_batch: options.TokensPerBatch = None

@@ -9,6 +9,7 @@ it inside of a model's layers, and cannot be asked.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdean.models.ranks.lost_ranks import Words, limit_collectives
+from fastdean.models.ranks.lost_ranks import Words, is_of_a_collective, limit_collectives
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 from fastdean.wording.numbers import require_real
@@ -70,6 +71,8 @@ _meeting = _Meeting()
 _ON_THEIR_WAY = 1 << 24
 # Seconds: process groups count milliseconds, and nanoseconds in 64 bits.
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.001, 1_000_000_000
+# What launchers tell each process of how many there are: torchrun, SLURM, Open MPI, MPICH.
+_PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Characters of a value that is shown.
 _LONGEST_VALUE = 60
 
@@ -97,13 +100,9 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """As `of_group`, with a warning where a job of several processes forgot its group."""
-        if not _group_exists() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            logger.warning(
-                "WORLD_SIZE is %s but torch.distributed is not initialised: every process does the "
-                "whole work; call torch.distributed.init_process_group() first",
-                os.environ["WORLD_SIZE"],
-            )
+        """As `of_group`, with a warning where a launcher says that there are several processes."""
+        if not _group_exists():
+            _warn_of_launcher()
         return cls.of_group()
 
     @classmethod
@@ -114,6 +113,12 @@ class Ranks:
             raise ValueError(
                 f"{job} must run in one process, got {size}; start it without torchrun"
             )
+
+    def described(self) -> str:
+        """As in "4 ranks, 2 of which hold a model together"."""
+        if not self.teams:
+            return f"{self.size} ranks"
+        return f"{self.size} ranks, {len(self.team)} of which hold a model together"
 
     @property
     def first(self) -> bool:
@@ -357,12 +362,13 @@ class Ranks:
 
     def _tell(self, error: BaseException) -> None:
         """Have the other ranks hear of an error of this one, or say which of them it comes of."""
-        if not _meeting.layers_meet:
+        if not _meeting.layers_meet and not is_of_a_collective(error):
             # What ended this one says more than that another is lost too.
             with suppress(RuntimeError):
                 self._meet(failed=True)
             return
-        # Others may wait inside of a layer, where they expect something else than a question.
+        # Others may wait inside of a layer, where they expect something else than a question: of
+        # FSDP2 too, which gathers weights there, when a rank is lost.
         _meeting.failure_is_known = True
         words, limit = _meeting.words, _meeting.timeout
         words.explain(self.rank, self.size, limit, _meeting.in_step, error)
@@ -455,6 +461,27 @@ def check_rank_timeout(seconds: float | None) -> None:
 def _shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
+def _warn_of_launcher() -> None:
+    """Warn once where a launcher's variable says that this process, which has no group, has peers.
+
+    Of SLURM it is no more than a sign: a script may start a single one of the tasks it may have.
+    """
+    for name in _PROCESSES:
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            _warn_once(
+                f"{name} is {value} but torch.distributed is not initialised: every process does "
+                "the whole work; start the processes with torchrun, or in a script of yours call "
+                "torch.distributed.init_process_group() first"
+            )
+            return
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _group_exists() -> bool:

@@ -93,7 +93,7 @@ class Words:
             timeout: as `naming` takes it.
             began: when this rank was last in step with the others, by `time.monotonic`.
         """
-        if _is_of_a_collective(error):
+        if is_of_a_collective(error):
             self._blame(rank, size, timeout, began, error)
         else:
             self.say_failed(rank, error)
@@ -203,7 +203,7 @@ class _AnotherFailed(RuntimeError):
     """A collective that this rank waits for will not end."""
 
 
-def _is_of_a_collective(error: BaseException) -> bool:
+def is_of_a_collective(error: BaseException) -> bool:
     """Whether an error is one that a rank sees when another one does not take part."""
     if isinstance(error, _AnotherFailed | torch.distributed.DistError):
         return True
