@@ -1,24 +1,15 @@
 """What an edit changed in a model, each figure with its noise."""
 
 from fastdean.evaluation.answers.generation import Answer, generate
-from fastdean.evaluation.bootstrap import bootstrap_interval
-from fastdean.evaluation.changes import change_between, change_of_distance
 from fastdean.evaluation.divergence import (
     Divergence,
     divergence_interval,
     perplexity_and_divergence,
 )
-from fastdean.evaluation.families import Family, holm, judged_together
 from fastdean.evaluation.hidden_states import (
     last_token_states,
     layer_dependence,
     prompts_only,
-)
-from fastdean.evaluation.intervals import (
-    Interval,
-    mean_interval,
-    share_change_interval,
-    share_interval,
 )
 from fastdean.evaluation.judging.agreement import Agreement, cohen_kappa
 from fastdean.evaluation.judging.calling import judge
@@ -33,7 +24,6 @@ from fastdean.evaluation.margins import (
     margin_interval,
     response_margins,
 )
-from fastdean.evaluation.mcnemar import compare_yes_no
 from fastdean.evaluation.over_refusal import OverRefusal, over_refusal
 from fastdean.evaluation.perplexity import (
     Perplexity,
@@ -41,7 +31,17 @@ from fastdean.evaluation.perplexity import (
     perplexity,
     perplexity_of_text,
 )
-from fastdean.evaluation.power import detectable_change, detectable_share_change
+from fastdean.evaluation.statistics.bootstrap import bootstrap_interval
+from fastdean.evaluation.statistics.changes import change_between, change_of_distance
+from fastdean.evaluation.statistics.families import Family, holm, judged_together
+from fastdean.evaluation.statistics.intervals import (
+    Interval,
+    mean_interval,
+    share_change_interval,
+    share_interval,
+)
+from fastdean.evaluation.statistics.mcnemar import compare_yes_no
+from fastdean.evaluation.statistics.power import detectable_change, detectable_share_change
 
 __all__ = [
     "Agreement",

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fastdean.evaluation.bias.result import BiasResult, mean_result, members
-from fastdean.evaluation.intervals import is_share
+from fastdean.evaluation.statistics.intervals import is_share
 from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import evaluation_state, unwrap
 from fastdean.wording.bars import bars

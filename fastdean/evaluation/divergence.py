@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.data.examples import Example
-from fastdean.evaluation.intervals import Interval, mean_interval
 from fastdean.evaluation.perplexity import Perplexity
+from fastdean.evaluation.statistics.intervals import Interval, mean_interval
 from fastdean.models.forward import prepare_batches, target_logits, target_losses
 from fastdean.models.model_state import evaluation_state, input_device, unwrap
 from fastdean.wording.doing import titled

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdean.data.examples import IGNORE_INDEX, Example, encode
-from fastdean.evaluation.intervals import (
+from fastdean.evaluation.statistics.intervals import (
     Interval,
     by_unit,
     mean_interval,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.data.examples import IGNORE_INDEX, Example, read_examples
-from fastdean.evaluation.intervals import Interval, mean_interval
+from fastdean.evaluation.statistics.intervals import Interval, mean_interval
 from fastdean.models.forward import target_log_likelihood
 from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import max_tokens, unwrap

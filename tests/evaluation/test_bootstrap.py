@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdean.evaluation import bootstrap
-from fastdean.evaluation.bootstrap import bootstrap_interval
+from fastdean.evaluation.statistics import bootstrap
+from fastdean.evaluation.statistics.bootstrap import bootstrap_interval
 
 
 def _of_mean(values, **options):

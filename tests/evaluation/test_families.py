@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastdean.evaluation.bootstrap import bootstrap_interval
-from fastdean.evaluation.changes import of_confidence
-from fastdean.evaluation.families import Family, holm, judged_together
-from fastdean.evaluation.intervals import (
+from fastdean.evaluation.statistics.bootstrap import bootstrap_interval
+from fastdean.evaluation.statistics.changes import of_confidence
+from fastdean.evaluation.statistics.families import Family, holm, judged_together
+from fastdean.evaluation.statistics.intervals import (
     mean_interval,
     share_change_interval,
     share_interval,
     student_quantile,
 )
-from fastdean.evaluation.mcnemar import compare_yes_no
-from fastdean.evaluation.power import POWER, detectable_change, detectable_share_change
+from fastdean.evaluation.statistics.mcnemar import compare_yes_no
+from fastdean.evaluation.statistics.power import POWER, detectable_change, detectable_share_change
 
 
 def normal(n, mean=0.0, seed=0):
@@ -194,7 +194,7 @@ def test_of_a_million_questions_only_the_likely_counts_are_looked_at(monkeypatch
     """A million counts in each of 60 steps would take half a minute."""
     looked_at = []
     plain = np.arange
-    monkeypatch.setattr("fastdean.evaluation.power.np.arange",
+    monkeypatch.setattr("fastdean.evaluation.statistics.power.np.arange",
                         lambda *a, **k: looked_at.append(a) or plain(*a, **k))  # fmt: skip
     found = detectable_share_change(10**6, 0.3)
     counts = sum(last - first for first, last in looked_at)

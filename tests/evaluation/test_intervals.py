@@ -12,9 +12,9 @@ import pytest
 import torch
 from scipy import stats
 
-from fastdean.evaluation.bootstrap import bootstrap_interval
-from fastdean.evaluation.changes import change_between, change_of_distance
-from fastdean.evaluation.intervals import (
+from fastdean.evaluation.statistics.bootstrap import bootstrap_interval
+from fastdean.evaluation.statistics.changes import change_between, change_of_distance
+from fastdean.evaluation.statistics.intervals import (
     Interval,
     by_unit,
     mean_interval,
@@ -22,7 +22,7 @@ from fastdean.evaluation.intervals import (
     share_interval,
     student_quantile,
 )
-from fastdean.evaluation.sign_flips import DRAWS, _group_sums, sign_flip_test
+from fastdean.evaluation.statistics.sign_flips import DRAWS, _group_sums, sign_flip_test
 from fastdean.wording.verdicts import direction, is_withheld, judge
 
 NO_EFFECT = "no effect beyond noise"
@@ -146,7 +146,7 @@ def test_a_group_holds_the_product_of_every_choice_of_its_generators():
 @pytest.mark.parametrize("z", [0.5, 2.0, 2.5])
 def test_any_number_of_differences_is_tested_at_once_and_as_exactly(z, monkeypatch):
     # By the draws it would take a minute, and this many signs no memory holds.
-    monkeypatch.setattr("fastdean.evaluation.sign_flips._extreme_draws", None)
+    monkeypatch.setattr("fastdean.evaluation.statistics.sign_flips._extreme_draws", None)
     values = normal(200_000)
     values -= values.mean()
     values += z * np.sqrt((values**2).mean() / (len(values) - z**2))
@@ -162,8 +162,8 @@ def test_any_number_of_differences_is_tested_at_once_and_as_exactly(z, monkeypat
 
 
 def test_a_group_rejects_no_more_often_than_its_level_says(monkeypatch):
-    monkeypatch.setattr("fastdean.evaluation.sign_flips.GROUP_FROM", 17)
-    monkeypatch.setattr("fastdean.evaluation.sign_flips._GENERATORS", 8)
+    monkeypatch.setattr("fastdean.evaluation.statistics.sign_flips.GROUP_FROM", 17)
+    monkeypatch.setattr("fastdean.evaluation.statistics.sign_flips._GENERATORS", 8)
     sizes = np.random.default_rng(0).exponential(size=(2000, 24)) ** 2
     signs = np.random.default_rng(1).choice([-1.0, 1.0], size=sizes.shape)
     found = [sign_flip_test(values, seed=n) for n, values in enumerate(sizes * signs)]
@@ -454,7 +454,7 @@ def test_intervals_cover_and_verdicts_err_as_the_documents_say(
     shape, covered, wrong, n, monkeypatch
 ):
     # As honest with fewer draws, and less to wait for.
-    monkeypatch.setattr("fastdean.evaluation.sign_flips.DRAWS", 1999)
+    monkeypatch.setattr("fastdean.evaluation.statistics.sign_flips.DRAWS", 1999)
     samples = SHAPES[shape](np.random.default_rng(0), (SAMPLES, n))
     found = [mean_interval(sample) for sample in samples]
     assert np.mean([each.low <= 0 <= each.high for each in found]) >= covered[n]
@@ -469,7 +469,7 @@ def test_intervals_cover_and_verdicts_err_as_the_documents_say(
 def test_half_a_standard_deviation_is_found_as_often_as_the_documents_say(
     n, least, most, monkeypatch
 ):
-    monkeypatch.setattr("fastdean.evaluation.sign_flips.DRAWS", 1999)
+    monkeypatch.setattr("fastdean.evaluation.statistics.sign_flips.DRAWS", 1999)
     samples = np.random.default_rng(0).normal(0.5, 1.0, (SAMPLES, n))
     found = [mean_interval(sample).verdict() == "higher" for sample in samples]
     assert least <= np.mean(found) <= most
@@ -478,7 +478,7 @@ def test_half_a_standard_deviation_is_found_as_often_as_the_documents_say(
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [8, 16, 32, 64])
 def test_shares_and_changes_of_distance_keep_their_level(n, monkeypatch):
-    monkeypatch.setattr("fastdean.evaluation.sign_flips.DRAWS", 1999)
+    monkeypatch.setattr("fastdean.evaluation.statistics.sign_flips.DRAWS", 1999)
     random = np.random.default_rng(n)
     for share in (0.5, 0.7, 0.95):
         found = [share_interval(row) for row in (random.random((SAMPLES, n)) < share).astype(float)]

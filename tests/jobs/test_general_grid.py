@@ -14,7 +14,7 @@ from fastdean import couple
 from fastdean.coupling.results.scores import Scores
 from fastdean.evaluation import change_between
 from fastdean.evaluation.bias import gender_facts
-from fastdean.evaluation.families import holm
+from fastdean.evaluation.statistics.families import holm
 from fastdean.jobs import run
 from fastdean.jobs.coupling import general_grid
 from fastdean.jobs.coupling.job import Job

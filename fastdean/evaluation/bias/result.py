@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdean.evaluation.bootstrap import bootstrap_interval
-from fastdean.evaluation.intervals import (
+from fastdean.evaluation.statistics.bootstrap import bootstrap_interval
+from fastdean.evaluation.statistics.intervals import (
     Interval,
     by_unit,
     is_share,

@@ -23,10 +23,10 @@ from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import encode_text, labels_at
 from fastdean.evaluation.bias.result import BiasResult
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, file_named, require_columns
-from fastdean.evaluation.bootstrap import bootstrap_interval
 from fastdean.evaluation.hidden_states import layer_outputs
-from fastdean.evaluation.intervals import Interval
 from fastdean.evaluation.passes import rows_of_examples
+from fastdean.evaluation.statistics.bootstrap import bootstrap_interval
+from fastdean.evaluation.statistics.intervals import Interval
 from fastdean.models.adapters import require_no_prompts
 from fastdean.models.batch_size import tokens_per_batch_of
 from fastdean.models.exact_layout import exact_layout

@@ -29,7 +29,7 @@ from fastdean.evaluation.bias.result import (
 )
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, file_named, require_columns
 from fastdean.evaluation.bias.start import LikelihoodResult, Start, named
-from fastdean.evaluation.intervals import by_unit
+from fastdean.evaluation.statistics.intervals import by_unit
 
 HUB_ID = "McGill-NLP/stereoset"
 TASKS = ("intrasentence", "intersentence")

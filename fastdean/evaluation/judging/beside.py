@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from fastdean.evaluation.answers.records import ORIGINAL, Answered, variants_of
-from fastdean.evaluation.families import judged_together
-from fastdean.evaluation.intervals import Interval
 from fastdean.evaluation.judging.phrases import refuses
-from fastdean.evaluation.mcnemar import compare_yes_no
+from fastdean.evaluation.statistics.families import judged_together
+from fastdean.evaluation.statistics.intervals import Interval
+from fastdean.evaluation.statistics.mcnemar import compare_yes_no
 
 # Of rows that are shown, and of each of their texts.
 _MOST_ROWS = 200

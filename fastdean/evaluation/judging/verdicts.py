@@ -9,12 +9,12 @@ from itertools import combinations
 from typing import Any
 
 from fastdean.evaluation.answers.records import ANY_ID, ORIGINAL, VARIANT, Answered
-from fastdean.evaluation.families import judged_together
-from fastdean.evaluation.intervals import Interval, share_interval
 from fastdean.evaluation.judging.agreement import cohen_kappa
 from fastdean.evaluation.judging.phrases import PHRASES, refuses
 from fastdean.evaluation.judging.templates import SAFE, UNPARSED, UNSAFE, Verdict
-from fastdean.evaluation.mcnemar import compare_yes_no
+from fastdean.evaluation.statistics.families import judged_together
+from fastdean.evaluation.statistics.intervals import Interval, share_interval
+from fastdean.evaluation.statistics.mcnemar import compare_yes_no
 from fastdean.files.declared import Flag, Maybe, Record, Text, Whole
 
 _LONGEST = 100_000_000

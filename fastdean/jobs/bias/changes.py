@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastdean.evaluation import Interval, change_between, change_of_distance
-from fastdean.evaluation.changes import of_confidence
-from fastdean.evaluation.families import Change, judged_together
-from fastdean.evaluation.intervals import BOOTSTRAP, share_interval
+from fastdean.evaluation.statistics.changes import of_confidence
+from fastdean.evaluation.statistics.families import Change, judged_together
+from fastdean.evaluation.statistics.intervals import BOOTSTRAP, share_interval
 from fastdean.jobs.bias.figures import Found
 from fastdean.wording.verdicts import (
     ABOVE,

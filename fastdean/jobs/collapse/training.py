@@ -24,7 +24,7 @@ from fastdean.debias import Effect, fine_tune, model_card, save_model
 from fastdean.debias.course import check_counts, check_course
 from fastdean.debias.objectives import require_method
 from fastdean.evaluation import Interval, Perplexity, compare_perplexity, perplexity
-from fastdean.evaluation.families import Change
+from fastdean.evaluation.statistics.families import Change
 from fastdean.files.declared import Lists, Real, Record, Whole
 from fastdean.files.provenance import public_name, public_source
 from fastdean.files.storage import remove_folder

@@ -13,7 +13,7 @@ from fastdean.evaluation import (
     compare_perplexity,
     divergence_interval,
 )
-from fastdean.evaluation.families import Change, at, tests_of
+from fastdean.evaluation.statistics.families import Change, at, tests_of
 from fastdean.jobs.coupling.figures import Figures, MeasuringSet, noted
 
 

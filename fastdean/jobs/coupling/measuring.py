@@ -23,8 +23,8 @@ from fastdean.evaluation import (
     refuses,
 )
 from fastdean.evaluation.answers.records import ORIGINAL, Answered
-from fastdean.evaluation.families import Change
 from fastdean.evaluation.judging.beside import answers_table
+from fastdean.evaluation.statistics.families import Change
 from fastdean.jobs.bias import changes as bias_changes
 from fastdean.jobs.bias import figures as bias_figures
 from fastdean.jobs.coupling.asked import Asked

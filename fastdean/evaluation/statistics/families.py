@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastdean.evaluation.intervals import BOOTSTRAP, Interval, check_confidence
-from fastdean.evaluation.power import POWER, detectable_change
+from fastdean.evaluation.statistics.intervals import BOOTSTRAP, Interval, check_confidence
+from fastdean.evaluation.statistics.power import POWER, detectable_change
 from fastdean.wording.numbers import require_real, require_whole
 from fastdean.wording.verdicts import judge
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdean.evaluation.sign_flips import EXACT, sign_flip_test
+from fastdean.evaluation.statistics.sign_flips import EXACT, sign_flip_test
 from fastdean.wording.mendable import InputTypeError
 from fastdean.wording.numbers import require_real
 from fastdean.wording.printable import error_line

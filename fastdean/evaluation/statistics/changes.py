@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdean.evaluation.bootstrap import bootstrapped
-from fastdean.evaluation.intervals import (
+from fastdean.evaluation.statistics.bootstrap import bootstrapped
+from fastdean.evaluation.statistics.intervals import (
     BOOTSTRAP,
     Interval,
     mean_interval,

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fastdean.evaluation.intervals import (
+from fastdean.evaluation.statistics.intervals import (
     STUDENT_T,
     STUDENT_T_OF_LOGS,
     WON_LESS_LOST,

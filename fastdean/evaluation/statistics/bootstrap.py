@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdean.evaluation.intervals import BOOTSTRAP, Interval, check_confidence
+from fastdean.evaluation.statistics.intervals import BOOTSTRAP, Interval, check_confidence
 from fastdean.wording.numbers import require_seed, require_whole
 
 # Indices drawn at a time; bounds memory (8 bytes each) and leaves the draws as they are.

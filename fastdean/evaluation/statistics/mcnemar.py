@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastdean.evaluation.intervals import Interval, share_change_interval
+from fastdean.evaluation.statistics.intervals import Interval, share_change_interval
 from fastdean.wording.mendable import InputTypeError
 
 

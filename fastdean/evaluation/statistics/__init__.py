@@ -1,0 +1,1 @@
+"""Intervals, tests, and families of tests that are read together."""
