@@ -50,6 +50,8 @@ def asked(tmp_path_factory):
         *(f"--source={name}={file}" for name, file in sources.items()),
         *("--judge", f"{folder / 'own.json'}={model}", "--judge", "phrases"),
         *("--seeds", str(SEEDS), "--examples", "4", "--ratio", "0.02", "--max-new-tokens", "3"),
+        # The paper's tasks are read from the hub.
+        "--tasks",
     ]
 
 
