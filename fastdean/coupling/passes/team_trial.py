@@ -50,7 +50,7 @@ def require_same_targets(found: Scorable, ranks: Ranks) -> None:
         found.alone,
         found.conclusive,
     ]
-    if not ranks.hold_the_same(int(json_digest(parts)[:15], 16)):
+    if not ranks.hold_the_same(json_digest(parts)):
         raise StateError(
             "target_modules must match what can be scored on every rank that tensor parallel "
             "splits the model over, got modules that can on some; choose others"

@@ -159,12 +159,12 @@ def _alike(
             "none; remove it to start again"
         )
     job = jobs[min(found)]
-    job = {**job, "parts": _of_anyrank_folder(job["parts"])}
-    require_same_parts(where, job, _of_anyrank_folder(parts), besides=OF_RANKS)
+    job = {**job, "parts": _by_kind_of_device(job["parts"])}
+    require_same_parts(where, job, _by_kind_of_device(parts), besides=OF_RANKS)
     return min(found)
 
 
-def _of_anyrank_folder(parts: Mapping[str, str]) -> dict[str, str]:
+def _by_kind_of_device(parts: Mapping[str, str]) -> dict[str, str]:
     """Which device, and not which of several alike."""
     return {**parts, "device": re.sub(r":\d+", "", parts.get("device", ""))}
 

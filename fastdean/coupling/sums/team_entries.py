@@ -96,7 +96,7 @@ def in_blocks(targets: Sequence[Target], block_of: Callable[[Target], OwnBlock])
 def require_even_blocks(targets: Sequence[Target], ranks: Ranks) -> None:
     """ValueError unless all ranks' blocks have the same sizes: budgets then divide them alike."""
     sizes = json_digest([target.summed_shape for target in targets])
-    if not ranks.hold_the_same(int(sizes[:15], 16)):
+    if not ranks.hold_the_same(sizes):
         raise ValueError(
             "memory_budget must be left out where tensor parallel splits weights unevenly over "
             "ranks, which would not take the same passes; choose a number of ranks that divides "

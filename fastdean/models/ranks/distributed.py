@@ -423,10 +423,11 @@ class Ranks:
         """Whether it is true on every rank."""
         return value if self.size == 1 else not self.highest(int(not value))
 
-    def hold_the_same(self, value: int) -> bool:
-        """Whether `value`, which must fit an int64, is the same on every rank."""
+    def hold_the_same(self, digest: str) -> bool:
+        """Whether a hexadecimal digest is the same on every rank, by its first 60 bits."""
         if self.size == 1:
             return True
+        value = int(digest[:15], 16)
         extremes = torch.tensor([value, -value], device=_collective_device())
         with self._together():
             _all_highest(extremes)

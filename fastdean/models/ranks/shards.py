@@ -95,16 +95,12 @@ def shard_fault(tensor: Tensor, size: int) -> str | None:
     from torch.distributed.tensor import Replicate, Shard
 
     sharded: Any = tensor
-    placements, mesh = sharded.placements, sharded.device_mesh
+    placements = sharded.placements
     # A strided block has another class.
     cuts = [each for each in placements if type(each) is not Replicate]
     if len(cuts) > 1 or any(type(each) is not Shard for each in cuts):
         return f"placed as {tuple(placements)}"
-    if mesh.size() != size:
-        return f"on {mesh.size()} of {size} ranks"
-    if type(sharded.to_local()) is not Tensor:
-        return f"of {type(sharded.to_local()).__name__}"
-    return None
+    return _block_fault(sharded, size)
 
 
 def split_shard_fault(tensor: Tensor, size: int, dims: int) -> str | None:
@@ -120,8 +116,13 @@ def split_shard_fault(tensor: Tensor, size: int, dims: int) -> str | None:
         return f"split over {mesh.ndim - dims} dimensions of a mesh by tensor parallel"
     if not all(each.is_replicate() or hasattr(each, "dim") for each in placements):
         return f"placed as {tuple(placements)}"
-    if mesh.size() != size:
-        return f"on {mesh.size()} of {size} ranks"
+    return _block_fault(sharded, size)
+
+
+def _block_fault(sharded: Any, size: int) -> str | None:
+    """Why a rank's block is no plain tensor of one that lies on all ranks."""
+    if sharded.device_mesh.size() != size:
+        return f"on {sharded.device_mesh.size()} of {size} ranks"
     if type(sharded.to_local()) is not Tensor:
         return f"of {type(sharded.to_local()).__name__}"
     return None
