@@ -198,17 +198,17 @@ def as_markdown(rows: Sequence[Record]) -> str:
     parts = [
         f"# {markdown.text(rows[-1].case)}",
         markdown.text(_summary(judged)),
-        _table(["column", *(NAMES[arm] for arm in arms), "the paper"], shown),
+        "\n".join(markdown.table(["column", *(NAMES[arm] for arm in arms), "the paper"], shown)),
         "Means over seeds (their number). Before training only heads depend on the seed.",
         "## Gender words against the other arms, seed by seed",
-        _table(against, tested),
+        "\n".join(markdown.table(against, tested)),
         f"{family.tests} tests are one family: p-values are Holm's, intervals simultaneous "
         "(Bonferroni, Student's t). Where a column has a neutral value, the difference is that of "
         "the distances to it. A verdict takes both the interval and sign flips at p <= 0.05, and "
         f"so {seeds_for_a_verdict(family.tests)} seeds in this table. Paired t tests claim "
         f"something from {SEEDS.value} seeds on, and assume normal differences.",
         "## Settings and their sources",
-        _table(["setting", "value", "source"], _sources(settings)),
+        "\n".join(markdown.table(["setting", "value", "source"], _sources(settings))),
         "Departures: " + "; ".join((*PUBLISHED[settings["method"]].departures, *_DEPARTURES)) + ".",
         *tables.provenance_lines(rows),
     ]
@@ -263,12 +263,6 @@ def _mean(column: Column, arm: str) -> str:
     if not found:
         return NOT_MEASURED
     return f"{fmean(found):.4g} ({len(found)})"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Names of models, sources and columns come from others, and stay in their cells."""
-    shown = [list(map(markdown.text, line)) for line in lines]
-    return "\n".join(tables.markdown(list(map(markdown.text, header)), shown))
 
 
 def _interval(found: Mapping[str, Any]) -> str:

@@ -367,7 +367,7 @@ def rendered(found: Mapping[str, Any]) -> str:
     if found["published"]:
         columns = ["published, of one seed", "fairness", "privacy", "perplexity"]
         rows = [[n, *map(str, figures)] for n, figures in found["published"].items()]
-        published = [*_table(columns, rows), ""]
+        published = [*markdown.table(columns, rows), ""]
     asked = ", ".join(f"{count} of {name}" for name, count in settings["questions"].items())
     changes = []
     for each in found["changes"]:
@@ -401,9 +401,9 @@ def rendered(found: Mapping[str, Any]) -> str:
         [
             *[f"# {markdown.text(found['title'])}", ""],
             *(f"- {markdown.text(each)}" for each in (*found["findings"], *found["warnings"])),
-            *["", *_table(["mean over seeds", "weights", *names], values), "", *published],
-            *[*_table(_COLUMNS, changes), ""],
-            *[*_table(["edit", "measure", "as it came", *seeds], by_seed), ""],
+            *["", *markdown.table(["mean over seeds", "weights", *names], values), "", *published],
+            *[*markdown.table(_COLUMNS, changes), ""],
+            *[*markdown.table(["edit", "measure", "as it came", *seeds], by_seed), ""],
             *(f"- {markdown.text(each)}" for each in notes),
             *["", f"{markdown.code(found['command'])}, {found['created']}", ""],
         ]
@@ -420,11 +420,6 @@ def _departures(settings: Mapping[str, Any]) -> str:
     if settings["revision"]:
         told += f"; revision {settings['revision']} of the model"
     return told
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = (f"| {' | '.join(map(markdown.text, row))} |" for row in (columns, *rows))
-    return [head, "|" + "---|" * len(columns), *body]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

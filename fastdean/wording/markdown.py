@@ -7,6 +7,7 @@ fence, open a tag or a link, or end the metadata above a card.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 from fastdean.wording.printable import one_line, printable
 
@@ -26,6 +27,13 @@ def code(words: str) -> str:
     # A space that belongs to the fence keeps it apart from a tick of the text.
     space = " " if words[:1] in ("`", " ", "") or words[-1:] in ("`", " ") else ""
     return f"{ticks}{space}{words}{space}{ticks}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table, each cell as text."""
+    shown = (list(map(text, row)) for row in (header, *rows))
+    head, *body = (f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in r)}|" for r in shown)
+    return [head, "|" + "---|" * len(header), *body]
 
 
 def block(words: str, language: str = "") -> str:

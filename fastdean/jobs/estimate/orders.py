@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from fastdean.coupling.layers.needed_memory import TRIED_ROWS, Peak
+from fastdean.coupling.targets.target import Target
 from fastdean.jobs.estimate.found import OrderEstimate
 from fastdean.jobs.estimate.job import EstimateJob
 from fastdean.jobs.estimate.machine import Machine
@@ -45,11 +46,12 @@ class Orders:
 
     def _by_batches(self) -> OrderEstimate:
         planned, memory, passes = self._planned, self._memory, len(self._windows.passes)
-        sums = self._beside_dense(max(self._windows.passes))
+        most = max(self._windows.passes)
+        sums = self._beside_dense(most) if planned.dense else most
         return self._order(
             "batches",
             [
-                memory.by_batches(planned.rows, sums or max(self._windows.passes)),
+                memory.by_batches(planned.rows, sums),
                 self._trial(self._weights, memory.weights),
             ],
             kept=self._results,
@@ -220,10 +222,13 @@ class Orders:
         return {kind: job.sets * size for kind, size in of_a_set.items()}
 
     @property
+    def _tried(self) -> Sequence[Target]:
+        """Those of whose weights a trial takes the gradients: of units none."""
+        return self._planned.targets if self._job.granularity == "weight" else []
+
+    @property
     def _weights(self) -> list[Tensor]:
-        """Those that are tried; units are, without the gradients of their weights."""
-        by_weight = self._job.granularity == "weight"
-        return [target.weight for target in self._planned.targets if by_weight]
+        return [target.weight for target in self._tried]
 
     @cached_property
     def _first(self) -> list[int]:
@@ -240,9 +245,7 @@ class Orders:
 
     @property
     def _weights_of_first(self) -> list[Tensor]:
-        by_weight = self._job.granularity == "weight"
-        targets = self._planned.targets if by_weight else []
-        return [target.weight for target in targets if target.layer_index in self._first]
+        return [target.weight for target in self._tried if target.layer_index in self._first]
 
     @property
     def _used(self) -> int:
