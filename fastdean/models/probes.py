@@ -21,12 +21,14 @@ from fastdean.data.batching import pad
 from fastdean.data.examples import Example
 from fastdean.models.attention.packed import attends_plainly, attends_ragged, attention_by_segments
 from fastdean.models.calling import call, logits_of, require_row_per_token
+from fastdean.models.experts.fused import chosen_experts
 from fastdean.models.model_state import (
     eager,
     evaluation_state,
     input_device,
     input_embedding,
     max_tokens,
+    text_config,
     weight_of,
 )
 from fastdean.models.ranks.lost_ranks import is_of_a_collective
@@ -66,10 +68,9 @@ _HERE: ContextVar[_Here | None] = ContextVar("undisturbed", default=None)
 def sees_ahead(model: nn.Module) -> bool | None:
     """Whether the logits of a token depend on the tokens after it.
 
-    The later half of a few tokens is changed, and the logits of the earlier half compared. Where
-    they moved so little that it may be rounding (experts, whose sizes change with their tokens),
-    the movement is compared with that of the later half when the earlier tokens change: in a
-    bidirectional model the two are alike.
+    The later half of a few tokens is changed, and the logits of the earlier half compared; where
+    they moved so little that it may be rounding, with the movement of the later half when the
+    earlier tokens change: in a bidirectional model the two are alike.
 
     Returns:
         None where it cannot be measured: the model does not run on token ids alone, or its logits
@@ -117,11 +118,23 @@ def _measured_sight(model: nn.Module, *, ahead: bool) -> bool | None:
             return moved_by_the_earlier() > epsilon / 4
         changed = torch.cat([ids[earlier], others[later]])
         moved = _distance(_logits_of_ids(model, changed)[earlier], logits[earlier])
-        if epsilon / 4 < moved <= 32 * epsilon:
-            return moved > moved_by_the_earlier() / 10
-        return moved > epsilon / 4
+        return _more_than_rounding(moved, epsilon, moved_by_the_earlier)
 
     return _tried(measured, _NO_RUN, None)
+
+
+def _more_than_rounding(moved: float, epsilon: float, seen: Callable[[], float]) -> bool:
+    """Whether logits moved with other tokens because they see these tokens.
+
+    In a mixture they may move by rounding alone: an expert gets more or fewer tokens then, and some
+    processors add up products of another size in another order.
+
+    Args:
+        seen: how far logits move with tokens that they see.
+    """
+    if moved <= epsilon / 4:
+        return False
+    return moved > 32 * epsilon or moved > seen() / 10
 
 
 def _tried(measure: Callable[[], T], errors: tuple[type[Exception], ...], otherwise: T) -> T:
@@ -156,7 +169,7 @@ def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
     """Whether restarting `position_ids` keeps packed examples apart in this causal model.
 
     Measured on the first two examples: (1) changing one packed example must not move the other's
-    logits at all, in either direction; (2) a packed example's logits must be those it has alone.
+    logits, in either direction; (2) a packed example's logits must be those it has alone.
     State-space and bidirectional models fail the first, models that ignore `position_ids` the
     second. False, unmeasured, for a single example, which has nothing to be packed with.
     """
@@ -215,10 +228,19 @@ def _keeps_apart(
     changed_b = packed_logits([a, _another(b)])
     alone = _logits_alone(model, b)
     epsilon = _epsilon(model)
+
+    def seen() -> float:
+        """In one text of both; nothing where products keep their sizes, and so their rounding."""
+        if chosen_experts(text_config(model)) is None:
+            return 0.0
+        texts = (torch.cat([first, b]) for first in (a, _another(a)))
+        one, other = (_logits_of_ids(model, text)[len(a) :] for text in texts)
+        return _distance(other, one)
+
     return (
-        _distance(changed_a[len(a) :], ab[len(a) :]) <= epsilon / 4
-        and _distance(changed_b[: len(a)], ab[: len(a)]) <= epsilon / 4
-        and _distance(alone, ab[len(a) :]) <= max(1e-4, 6 * epsilon)
+        _distance(alone, ab[len(a) :]) <= max(1e-4, 6 * epsilon)
+        and not _more_than_rounding(_distance(changed_a[len(a) :], ab[len(a) :]), epsilon, seen)
+        and not _more_than_rounding(_distance(changed_b[: len(a)], ab[: len(a)]), epsilon, seen)
     )
 
 

@@ -320,6 +320,38 @@ def test_weights_that_mix_tokens_by_now_are_measured_again():
     assert not exact_layout(model, examples).packed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_by_the_sizes_of_experts_keeps_examples_apart(dtype):
+    """Some processors add up products of another size in another order; these here may not."""
+    examples = [Example(*each) for each in EXAMPLES]
+    step = torch.finfo(dtype).eps / 2
+
+    def rounded(_, args, output):
+        busy = int((args[0][..., 0] > 0).sum())
+        return output + (busy % 3 - 1) * step * output
+
+    mixture, plain = mixtral().to(dtype), gpt2().to(dtype)
+    for layer in (*mixture.model.layers, *plain.transformer.h):
+        layer.mlp.register_forward_hook(rounded)
+    layout = exact_layout(mixture, examples)
+    assert layout.packed and layout.by_segments and sees_ahead(mixture) is False
+    layout = exact_layout(plain, examples)
+    assert not (layout.packed or layout.by_segments)
+
+
+def test_experts_that_a_recurrence_joins_are_not_kept_apart():
+    model = mixtral()
+    examples = [Example(*each) for each in EXAMPLES]
+    assert exact_layout(model, examples).packed
+
+    def recurring(_, args, output):
+        return output + 1e-5 * args[0].cumsum(1)
+
+    model.model.layers[0].mlp.register_forward_hook(recurring)
+    layout = exact_layout(model, examples)
+    assert not (layout.packed or layout.by_segments) and sees_ahead(model) is False
+
+
 # Positions and padding.
 
 
