@@ -60,7 +60,15 @@ _NATIVE = {
     "collapse": (2, "collapse_op"),
     "masks": (2, "mask_op", "edits", "toggling"),
     "repeatable": (2, "repeatable"),
-    "score": (3, "score", "score_kernels", "score_losses", "score_state", "varlen"),
+    "score": (
+        3,
+        "score",
+        "fp32_products",
+        "score_kernels",
+        "score_losses",
+        "score_state",
+        "varlen",
+    ),
 }
 # Nothing that is measured or sanitized rests on these.
 _OTHER = {

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fastdean.coupling.results.expert_load import KEY, described_load
+from fastdean.precision import FULL, fp32_products
 from fastdean.wording.log import logger
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def score_manifest(
         "unseen_experts": _unseen(scored) or None,
         KEY: described_load(scored, found) or None,
         "tensor_parallel": len(ranks.team) if ranks.teams else None,
+        "fp32_products": _reduced_products(targets),
         "loss_scale": None if scorable.scale is None else scorable.scale.factor,
         "one_example_per_batch": scorable.alone,
         # The others are scored through hooks.
@@ -80,6 +83,13 @@ def score_manifest(
         **scorable.work.describe(),
         **{key: value for key, value in optional.items() if value is not None},
     }
+
+
+def _reduced_products(targets: Sequence[Target]) -> str | None:
+    """What rounds the factors of products of fp32 matrices, where the caller allows that."""
+    weights = [target.weight for target in targets if target.weight.dtype == torch.float32]
+    allowed = {fp32_products(weight.device) for weight in weights} - {FULL}
+    return ", ".join(sorted(allowed)) or None
 
 
 def warn_about_unseen(scored: Mapping[str, ScoreEntry]) -> None:

@@ -32,6 +32,7 @@ from fastdean.models.model_state import (
     weight_of,
 )
 from fastdean.models.ranks.lost_ranks import is_of_a_collective
+from fastdean.precision import full_fp32_products
 from fastdean.wording.mendable import is_out_of_memory
 
 T = TypeVar("T")
@@ -382,7 +383,8 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """float64 [B, T, V], without dropout."""
     device = input_device(model)
     # Uncompiled: nothing would be gained, and a compiled model fires no hooks added later.
-    with eager(), evaluation_state(model):
+    # In full: what TF32 rounds is neither another token nor a neighbour.
+    with eager(), evaluation_state(model), full_fp32_products():
         outputs = call(model, {name: value.to(device) for name, value in inputs.items()})
     logits = logits_of(outputs)
     require_row_per_token(logits, inputs["input_ids"])

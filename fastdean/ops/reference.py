@@ -5,11 +5,12 @@ Arguments have passed the checks of the public functions in `fastdean.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fastdean.precision import full_fp32_products
 
 # What the collapse-alignment loss means at its edges; csrc/fastdean.h has the same numbers.
 CV_EPSILON = 1e-3
@@ -98,30 +99,6 @@ def accumulate_expert_importance_(
     """See `ops.accumulate_expert_importance_`."""
     for expert in experts.unique_consecutive().tolist():
         accumulate_importance_(acc[expert], x, g, segments[experts == expert].cpu())
-
-
-@contextmanager
-def full_fp32_products() -> Iterator[None]:
-    """No TF32 and no bf16 inside, whatever the caller allows the model's own products."""
-    # mkldnn is an object of a class that has it, which type checkers take for a module.
-    onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    backends = (torch.backends.cuda.matmul, onednn)
-    allowed = [backend.fp32_precision for backend in backends]
-
-    def restore() -> None:
-        for backend, precision in zip(backends, allowed, strict=True):
-            backend.fp32_precision = precision
-
-    # Twice: an interrupt of the first time leaves the second.
-    try:
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            restore()
-    finally:
-        restore()
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ from fastdean.models.layers.replay import (
 from fastdean.models.layers.windows import Windows
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.trees import Path
+from fastdean.precision import full_fp32_products, product_epsilon
 from fastdean.wording.mendable import StateError
 
 # Of the norm of what a layer returns, how much the second run may differ from the first: rounding
@@ -257,6 +258,8 @@ class Sweep:
                 self.states.drop(j, self._rehearsed)
             self._lookups.forget(self._rehearsed)
 
+    # As in the trial, which ran the whole model.
+    @full_fp32_products()
     def _rehearse(self, replay: Replay, k: int) -> None:
         """Refuse a layer that returns something else than when the whole model ran."""
         expected = self.rehearsal.expected
@@ -580,7 +583,7 @@ def _nearly_equal(before: Tensor, after: Tensor, elsewhere: float = 0.0) -> bool
         return True
     if not before.is_floating_point():
         return False
-    allowed = _ROUNDING * torch.finfo(before.dtype).eps
+    allowed = _ROUNDING * product_epsilon(before.device, before.dtype)
     if before.device.type != "cpu":
         allowed = max(allowed, elsewhere)
     before, after = before.float(), after.float()

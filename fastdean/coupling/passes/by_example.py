@@ -36,6 +36,7 @@ from fastdean.data.batching import send
 from fastdean.models.layers.replay import NotByLayers
 from fastdean.models.model_state import fresh_leaves
 from fastdean.models.ranks.distributed import Ranks
+from fastdean.precision import full_fp32_products
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
@@ -248,7 +249,7 @@ def find_by_example(
         RuntimeError: none takes part, or none of those that `target_modules` names; or `loss_fn`
             gives an example another loss when it is alone.
     """
-    with ranks.running_together():
+    with ranks.running_together(), full_fp32_products():
         excerpt = work.excerpt()
         require_losses_of_their_own(excerpt, device, targets[0].parameter)
         standing = standing_for_all(model, targets, alike or {})

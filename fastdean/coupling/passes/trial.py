@@ -35,6 +35,7 @@ from fastdean.models.hooks import take_gradients
 from fastdean.models.model_state import fresh_leaves
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.shards import placed_like
+from fastdean.precision import full_fp32_products
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
@@ -89,7 +90,8 @@ def find_scorable(
         return found
 
     everything, targets = targets, standing_for_all(model, targets, alike or {})
-    with ranks.running_together():
+    # In full: what is compared agrees to the rounding of fp32, which TF32 is far above.
+    with ranks.running_together(), full_fp32_products():
         excerpt = work.excerpt()
         if ranks.teams:
             require_same_losses(excerpt, device, ranks)

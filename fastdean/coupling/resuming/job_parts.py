@@ -21,6 +21,7 @@ from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.shards import OwnBlock, is_sharded
 from fastdean.models.trees import tensors
 from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
+from fastdean.precision import fp32_products
 
 # Of which another version may round, or define, otherwise.
 _PACKAGES = ("fastdean", "torch", "transformers")
@@ -56,6 +57,7 @@ def job_parts(
         **model_parts(model),
         "dtype": " ".join(sorted({str(parameter.dtype) for parameter in model.parameters()})),
         "device": " ".join(sorted({_device(p) for p in model.parameters() if not p.is_meta})),
+        "precision of fp32 products": _precision(model),
         "layers": " ".join(layers),
         "weights outside the layers": weights_digest(model, inside),
         "names of the data sets": " ".join(sets),
@@ -126,6 +128,11 @@ def _device(parameter: nn.Parameter) -> str:
     if device.type != "cuda":
         return str(device)
     return f"{device} {torch.cuda.get_device_name(device)}"
+
+
+def _precision(model: nn.Module) -> str:
+    weights = [each for each in model.parameters() if each.dtype == torch.float32]
+    return " ".join(sorted({fp32_products(weight.device) for weight in weights}))
 
 
 def _data(work: Workload) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdean.ops.reference import full_fp32_products
+from fastdean.precision import full_fp32_products
 
 # Of products of rows at a time.
 _BLOCK_BYTES = 16 << 20

@@ -21,6 +21,7 @@ from fastdean.models.model_state import (
     undone,
     unwrap,
 )
+from fastdean.precision import full_fp32_products
 
 PADDED, EQUAL, ALONE = "padded", "of equal length", "one by one"
 # Of the tokens that a model is tried on: how many, of which how many precede the answer in the
@@ -149,6 +150,7 @@ def _way(model: nn.Module, prompts: Sequence[Ids], stops: Sequence[int]) -> str:
     return EQUAL if _alike(model, [one, other], stops) else ALONE
 
 
+@full_fp32_products()
 def _alike(model: nn.Module, prompts: Sequence[Ids], stops: Sequence[int]) -> bool:
     """Whether logits in a batch are those of each prompt alone, but for rounding."""
     together, logits = _generated(model, prompts, stops, _STEPS, with_logits=True)

@@ -1,0 +1,98 @@
+"""Products of fp32 matrices may be rounded to fewer bits where the caller lets them be.
+
+A CPU without bf16 matrix units keeps fp32, so rounding is done here where torch would allow it.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from oracle import norm_error, weight_importance
+from tiny_data import batches, make_examples
+from tiny_experts import experts_model, own_importance
+from tiny_models import gpt2, llama
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdean
+from fastdean.data.examples import Example
+from fastdean.models.exact_layout import exact_layout
+
+# Bits of the fraction that are left.
+BITS = {"tf32": 10, "bf16": 7}
+MODELS = {"llama": llama, "gpt2": gpt2, "mixtral": lambda: experts_model("Mixtral")}
+
+
+def rounded(tensor, bits):
+    dropped = 23 - bits
+    as_whole = tensor.contiguous().view(torch.int32)
+    half = (1 << (dropped - 1)) - 1 + ((as_whole >> dropped) & 1)
+    return ((as_whole + half) & -(1 << dropped)).view(torch.float32)
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Does to factors what `torch.set_float32_matmul_precision` allows; counts how often."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        factors = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+        first = factors.get(operation.overloadpacket.__name__)
+        bits = BITS.get(torch.backends.mkldnn.matmul.fp32_precision)
+        if first is not None and bits and args[first].dtype == torch.float32:
+            self.times += 1
+            factors = [rounded(each, bits) for each in args[first : first + 2]]
+            args = (*args[:first], *factors, *args[first + 2 :])
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def allow():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_is_scored_in_the_products_that_the_caller_allows(
+    device, name, precision, order, allow
+):
+    model, examples = MODELS[name](), make_examples(lengths=(20, 33, 17, 40))
+    allow(precision)
+    rounding = RoundedProducts() if device == "cpu" else nullcontext()
+    with rounding:
+        scores = fastdean.score(model.to(device), batches(examples, 2), order=order, progress=False)
+    assert torch.get_float32_matmul_precision() == precision
+    kind = "bf16" if (device, precision) == ("cpu", "medium") else "tf32"
+    assert scores.manifest["fp32_products"] == kind
+    reference = own_importance if name == "mixtral" else weight_importance
+    expected = reference(model.cpu(), examples, list(scores))
+    errors = [norm_error(value.cpu(), expected[key]) for key, value in scores.items()]
+    assert max(errors) < 8 * 2 ** -BITS[kind]
+    if device == "cpu":
+        assert rounding.times and max(errors) > 2e-5
+    allow("highest")
+    assert (
+        "fp32_products" not in fastdean.score(model, batches(examples, 2), progress=False).manifest
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_rounding_of_products_is_no_other_layout(name, precision, allow):
+    model = MODELS[name]()
+    examples = [Example(*each) for each in make_examples()]
+    expected = exact_layout(model, examples)
+    allow(precision)
+    with RoundedProducts():
+        # Not what was found before.
+        assert exact_layout(MODELS[name](), examples) == expected
