@@ -40,7 +40,14 @@ def full_fp32_products() -> Iterator[None]:
 
 
 def fp32_products(device: torch.device) -> str:
-    """What the caller allows products of fp32 matrices there: "ieee", "tf32" or "bf16"."""
+    """What products of fp32 matrices are there, as the caller lets them be.
+
+    Returns:
+        "ieee", "tf32" or "bf16"; "autocast to bfloat16" and the like inside of `torch.autocast`.
+    """
+    cast = _autocast_dtype(device)
+    if cast is not None:
+        return f"autocast to {str(cast).removeprefix('torch.')}"
     cuda, onednn = _backends()
     allowed = (cuda if device.type == "cuda" else onednn).fp32_precision
     return FULL if allowed == "none" else allowed
@@ -48,8 +55,20 @@ def fp32_products(device: torch.device) -> str:
 
 def product_epsilon(device: torch.device, dtype: torch.dtype) -> float:
     """Of the factors of products of such matrices there, as `torch.finfo(dtype).eps`."""
-    allowed = fp32_products(device) if dtype == torch.float32 else FULL
-    return max(torch.finfo(dtype).eps, _STEPS.get(allowed, 0.0))
+    own = torch.finfo(dtype).eps
+    if dtype != torch.float32:
+        return own
+    cast = _autocast_dtype(device)
+    if cast is not None:
+        return max(own, torch.finfo(cast).eps)
+    return _STEPS.get(fp32_products(device), own)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    # Of other devices, such as "meta", torch has no autocast.
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _backends() -> tuple[Any, Any]:

@@ -32,7 +32,7 @@ from fastdean.models.model_state import (
     weight_of,
 )
 from fastdean.models.ranks.lost_ranks import is_of_a_collective
-from fastdean.precision import full_fp32_products
+from fastdean.precision import full_fp32_products, product_epsilon
 from fastdean.wording.mendable import is_out_of_memory
 
 T = TypeVar("T")
@@ -392,7 +392,10 @@ def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _epsilon(model: nn.Module) -> float:
-    return torch.finfo(next(model.parameters()).dtype).eps
+    """Of what the model's matrices are rounded to, as in `_logits`."""
+    weight = next(model.parameters())
+    with full_fp32_products():
+        return product_epsilon(weight.device, weight.dtype)
 
 
 def _distance(value: Tensor, reference: Tensor) -> float:

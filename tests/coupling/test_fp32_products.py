@@ -56,6 +56,14 @@ def allow():
     torch.set_float32_matmul_precision(before)
 
 
+def errors(model, examples, scores):
+    """Of each weight, against autograd in float64."""
+    mixture = hasattr(model.config, "num_experts_per_tok")
+    reference = own_importance if mixture else weight_importance
+    expected = reference(model.cpu(), examples, list(scores))
+    return [norm_error(value.cpu(), expected[name]) for name, value in scores.items()]
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -74,25 +82,33 @@ def test_a_model_is_scored_in_the_products_that_the_caller_allows(
     assert torch.get_float32_matmul_precision() == precision
     kind = "bf16" if (device, precision) == ("cpu", "medium") else "tf32"
     assert scores.manifest["fp32_products"] == kind
-    reference = own_importance if name == "mixtral" else weight_importance
-    expected = reference(model.cpu(), examples, list(scores))
-    errors = [norm_error(value.cpu(), expected[key]) for key, value in scores.items()]
-    assert max(errors) < 8 * 2 ** -BITS[kind]
+    worst = max(errors(model, examples, scores))
+    assert worst < 8 * 2 ** -BITS[kind]
     if device == "cpu":
-        assert rounding.times and max(errors) > 2e-5
+        assert rounding.times and worst > 2e-5
     allow("highest")
     assert (
         "fp32_products" not in fastdean.score(model, batches(examples, 2), progress=False).manifest
     )
 
 
+@pytest.mark.parametrize("order", ["batches", "layers"])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_is_scored_inside_of_autocast(device, name, order):
+    model, examples = MODELS[name](), make_examples(lengths=(20, 33, 17, 40))
+    with torch.autocast(device, torch.bfloat16):
+        scores = fastdean.score(model.to(device), batches(examples, 2), order=order, progress=False)
+    assert scores.manifest["fp32_products"] == "autocast to bfloat16"
+    assert max(errors(model, examples, scores)) < 8 * 2 ** -BITS["bf16"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["high", "medium", "autocast"])
 def test_rounding_of_products_is_no_other_layout(name, precision, allow):
-    model = MODELS[name]()
     examples = [Example(*each) for each in make_examples()]
-    expected = exact_layout(model, examples)
-    allow(precision)
-    with RoundedProducts():
-        # Not what was found before.
+    expected = exact_layout(MODELS[name](), examples)
+    if precision != "autocast":
+        allow(precision)
+    with RoundedProducts(), torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
         assert exact_layout(MODELS[name](), examples) == expected

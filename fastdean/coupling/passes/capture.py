@@ -21,6 +21,7 @@ from fastdean.coupling.targets.target import Target
 from fastdean.coupling.workloads.workload import BatchLosses
 from fastdean.models.experts.products import Compare, Listener, Routing, Stand, listening_to_experts
 from fastdean.models.hooks import forward_hooks, forward_pre_hooks
+from fastdean.precision import product_epsilon
 from fastdean.wording.mendable import StateError
 
 # A target, its input [N, C] and the gradient [N, R] of its product; of experts [S, C] and [S, R],
@@ -93,7 +94,7 @@ def _listeners(
 
 def require_same_experts(module: nn.Module, ours: Tensor, own: Tensor) -> None:
     """Refuse experts that compute something else than their structure says."""
-    allowed = max(_ROUNDING * torch.finfo(own.dtype).eps, 1e-4) * own.float().norm()
+    allowed = max(_ROUNDING * product_epsilon(own.device, own.dtype), 1e-4) * own.float().norm()
     same = ours.shape == own.shape and (ours.float() - own.float()).norm() <= allowed
     # What is not finite is for the loss to say.
     if not same and bool(own.isfinite().all()):

@@ -376,7 +376,7 @@ class _Observer:
         if target.parameter not in self._compared:
             return inside, torch.zeros(_DIRECTIONS)
         u, v = (each.to(g.device) for each in self._directions[target.parameter])
-        return inside, ((g @ u) * (x @ v)).sum(0).cpu()
+        return inside, (_product(g, u) * _product(x, v)).sum(0).cpu()
 
     def _routed_rows(
         self, target: Target, x: Tensor, g: Tensor, routing: Routing
@@ -390,7 +390,7 @@ class _Observer:
             return inside, torch.zeros(_DIRECTIONS)
         u, v = (each.to(g.device) for each in self._directions[target.parameter])
         captured = _of_no_expert(target)
-        return inside, captured.index_add(0, experts.cpu(), ((g @ u) * (x @ v)).cpu())
+        return inside, captured.index_add(0, experts.cpu(), (_product(g, u) * _product(x, v)).cpu())
 
     def stands(self, target: Target, expert: int) -> None:
         """Say that the gradient of this expert's matrix will be noted by itself."""
@@ -404,7 +404,7 @@ class _Observer:
         u, v = (each.to(gradient.device) for each in self._directions[target.parameter])
         gradient = placed_like(gradient, target.weight)
         gradient = gradient.float().mT if target.transposed else gradient.float()
-        along = ((gradient @ v) * u).sum(-2).cpu()
+        along = (_product(gradient, v) * u).sum(-2).cpu()
         if expert is not None:
             of_one, along = along, _of_no_expert(target)
             along[expert] = of_one
@@ -507,6 +507,12 @@ def _directions(target: Target, seed: int) -> tuple[Tensor, Tensor]:
         for n in sizes
     )
     return u, v
+
+
+def _product(rows: Tensor, directions: Tensor) -> Tensor:
+    """In fp32 also where the backward pass runs inside of the caller's autocast."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ directions
 
 
 def _of_no_expert(target: Target) -> Tensor:
