@@ -39,13 +39,21 @@ def full_fp32_products() -> Iterator[None]:
         restore()
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What `torch.autocast` casts products there to; None: it is off."""
+    # Of other devices, such as "meta", torch has no autocast.
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def fp32_products(device: torch.device) -> str:
     """What products of fp32 matrices are there, as the caller lets them be.
 
     Returns:
         "ieee", "tf32" or "bf16"; "autocast to bfloat16" and the like inside of `torch.autocast`.
     """
-    cast = _autocast_dtype(device)
+    cast = autocast_dtype(device)
     if cast is not None:
         return f"autocast to {str(cast).removeprefix('torch.')}"
     cuda, onednn = _backends()
@@ -58,17 +66,10 @@ def product_epsilon(device: torch.device, dtype: torch.dtype) -> float:
     own = torch.finfo(dtype).eps
     if dtype != torch.float32:
         return own
-    cast = _autocast_dtype(device)
+    cast = autocast_dtype(device)
     if cast is not None:
         return max(own, torch.finfo(cast).eps)
     return _STEPS.get(fp32_products(device), own)
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    # Of other devices, such as "meta", torch has no autocast.
-    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def _backends() -> tuple[Any, Any]:

@@ -250,7 +250,12 @@ def score_sets(
     require_same_weights(targets, subject, ranks)
     reading = dict(subject.with_tokenizer(reading, loaders))
     subject.require_room(asked, targets, len(loaders))
-    with strict_determinism(deterministic), eager(), subject.outside_layers():
+    with (
+        strict_determinism(deterministic),
+        eager(),
+        subject.own_autocast(),
+        subject.outside_layers(),
+    ):
         sets = try_sets(subject, asked, targets, loaders, reading)
         with evaluation_state(subject.model), frozen(subject.model), torch.enable_grad():
             works = [scorable.work for scorable in sets.scorables]

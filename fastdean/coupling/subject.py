@@ -8,7 +8,7 @@ otherwise for one of these is asked of here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -36,6 +36,7 @@ from fastdean.models.layers.windows import (
     stream_of,
 )
 from fastdean.models.model_state import input_device, unwrap
+from fastdean.models.probes import own_autocast
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.sharded import ShardedModel, resharded
 from fastdean.models.ranks.shards import OwnBlock, is_sharded
@@ -101,6 +102,11 @@ class Subject:
     def layers(self) -> Mapping[str, nn.Module]:
         """Name -> decoder layer."""
         return self.found.layers
+
+    def own_autocast(self) -> AbstractContextManager[Any]:
+        """Layers and losses by themselves compute as they do inside of the model's forward pass."""
+        cast = own_autocast(self.model) if self.parts is None else None
+        return nullcontext() if cast is None else torch.autocast(self.device.type, cast)
 
     @property
     def windows(self) -> Windows:

@@ -22,6 +22,7 @@ from fastdean.data.examples import Example
 from fastdean.models.attention.packed import attends_plainly, attends_ragged, attention_by_segments
 from fastdean.models.calling import call, logits_of, require_row_per_token
 from fastdean.models.experts.fused import chosen_experts
+from fastdean.models.hooks import forward_pre_hooks
 from fastdean.models.model_state import (
     eager,
     evaluation_state,
@@ -32,7 +33,7 @@ from fastdean.models.model_state import (
     weight_of,
 )
 from fastdean.models.ranks.lost_ranks import is_of_a_collective
-from fastdean.precision import full_fp32_products, product_epsilon
+from fastdean.precision import autocast_dtype, full_fp32_products, product_epsilon
 from fastdean.wording.mendable import is_out_of_memory
 
 T = TypeVar("T")
@@ -164,6 +165,30 @@ def numbers_from(model: nn.Module, start: int) -> bool:
     errors = (AttributeError, IndexError, TypeError, ValueError)
     question = ("numbers_from", start)
     return bool(_asked_once(model, question, lambda: _tried(measured, errors, False)))
+
+
+def own_autocast(model: nn.Module) -> torch.dtype | None:
+    """The dtype that the model's own forward pass casts products to, as accelerate prepares models.
+
+    None, unmeasured, for a forward pass that nobody has put in the place of the class's, and for
+    what accelerate puts there to move weights, which would come in once more.
+    """
+    if "forward" not in vars(model) or "_old_forward" in vars(model):
+        return None
+
+    def measured() -> torch.dtype | None:
+        found: list[torch.dtype | None] = []
+        device = input_device(model)
+
+        def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            found.append(autocast_dtype(device))
+
+        ids, _ = _ordinary_ids(model)
+        with forward_pre_hooks({input_embedding(model): look}):
+            _logits_of_ids(model, ids)
+        return found[0] if found else None
+
+    return _tried(measured, _NO_RUN, None)
 
 
 def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:
