@@ -12,23 +12,25 @@ from fastdean.models.probes import (
 )
 
 
-def label_shift(model: nn.Module) -> int:
+def label_shift(model: nn.Module, otherwise: str | None = None) -> int:
     """1 for causal language models, 0 for masked ones.
 
     The class says which of the two the model may be, and a measurement which it is: some classes
     are causal or not by an entry of their configuration.
 
+    Args:
+        otherwise: what else the caller's user can do about a model that is neither, for messages.
     Raises:
-        ValueError: the model is neither, or not what its class is for; its loss has to come from
-            the caller. Or it does not compute the same twice, or puts a learned prompt in front of
-            the tokens.
+        ValueError: the model is neither, or not what its class is for. Or it does not compute the
+            same twice, or puts a learned prompt in front of the tokens.
     """
+    last_way = "" if otherwise is None else f", or {otherwise}"
     require_no_prompts(model)
     shifts = _shifts_by_class(model)
     if not shifts:
         raise ValueError(
-            f"model must be a causal or masked language model, got {type(model).__name__}; "
-            "pass loss_fn= to define its per-example loss"
+            f"model must be a causal or masked language model, got {type(model).__name__}; load it "
+            f"as one (AutoModelForCausalLM, AutoModelForMaskedLM){last_way}"
         )
     inner = base_model(model)
     ahead = sees_ahead(inner)
@@ -44,15 +46,15 @@ def label_shift(model: nn.Module) -> int:
         raise ValueError(
             "model must be causal to be read as the causal language model of its class, got "
             f"{type(inner).__name__}, whose logits depend on later tokens; set is_decoder=True (or "
-            "causal=True) in its configuration, load it as a masked language model, or pass "
-            "loss_fn= to define its per-example loss"
+            "causal=True) in its configuration, or load it as a masked language model"
+            f"{last_way}"
         )
     # Of a model that mixes no tokens at all (its attention may be masked out) the class decides.
     if not ahead and 1 not in shifts and sees_back(inner):
         raise ValueError(
             "model must see the tokens on both sides to be read as the masked language model of "
             f"its class, got {type(inner).__name__}, whose logits depend on earlier tokens only; "
-            "load it as a causal language model, or pass loss_fn= to define its per-example loss"
+            f"load it as a causal language model{last_way}"
         )
     return 0 if ahead or 1 not in shifts else 1
 

@@ -61,7 +61,7 @@ class LanguageModelling(Workload):
         tokens_per_batch: int | None = None,
         skip_bad_rows: bool = False,
     ) -> LanguageModelling:
-        shift = label_shift(model)
+        shift = label_shift(model, "pass loss_fn= to define its per-example loss")
         skipped = Skipped() if skip_bad_rows else None
         reading = {"tokenizer": tokenizer, "template": template, "max_length": max_length}
         numbered = numbered_examples(loader, **reading, skipped=skipped)
