@@ -242,6 +242,35 @@ def test_wrapped_models_are_unwrapped():
     assert_same_scores(run(torch.compile(_Wrapper(llama()), backend="eager")), expected)
 
 
+def _with_compiled_parts():
+    model = llama()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = torch.compile(mlp.up_proj, backend="eager")
+    return model
+
+
+def _with_checkpointed_layers():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = llama()
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = checkpoint_wrapper(layer)
+    return model
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+@pytest.mark.parametrize("build", [_with_compiled_parts, _with_checkpointed_layers])
+def test_wrapped_parts_have_the_names_of_the_checkpoint(build, order):
+    model, options = build(), {"target_modules": "all,input_layernorm.weight", "order": order}
+    found = run(model, **options)
+    assert_same_scores(found, run(llama(), **options))
+    mask = fastdean.couple(found, found, ratio=0.1)
+    for each in (model, llama()):
+        with mask.applied(each):
+            assert sum(int((p == 0).sum()) for p in each.parameters()) == len(mask)
+
+
 def compiled(how):
     """A model compiled in one of the ways people use, after a call through the compiled code."""
     model = llama()
