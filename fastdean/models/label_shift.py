@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from fastdean.models.adapters import base_model, require_no_prompts
@@ -33,7 +36,8 @@ def label_shift(model: nn.Module, otherwise: str | None = None) -> int:
             f"as one (AutoModelForCausalLM, AutoModelForMaskedLM){last_way}"
         )
     inner = base_model(model)
-    ahead = sees_ahead(inner)
+    with _as_it_was_built(inner):
+        ahead = sees_ahead(inner)
     if ahead is None:
         return max(shifts)
     if ahead and 1 in shifts and repeats(inner) is False:
@@ -57,6 +61,27 @@ def label_shift(model: nn.Module, otherwise: str | None = None) -> int:
             f"load it as a causal language model{last_way}"
         )
     return 0 if ahead or 1 not in shifts else 1
+
+
+@contextmanager
+def _as_it_was_built(model: nn.Module) -> Iterator[None]:
+    """Refuse a model that exchanges modules of its own in a short pass, and put them back.
+
+    BigBird goes over from block-sparse to full attention so, and stays with it for longer texts.
+    """
+    built = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    yield
+    other = next((module for module, _, parts in built if module._modules != parts), None)
+    if other is None:
+        return
+    for module, attributes, parts in built:
+        vars(module).update(attributes)
+        module._modules.update(parts)
+    raise ValueError(
+        "model must keep its modules in a forward pass, got a "
+        f"{type(other).__name__} that exchanges some of its own for short texts; load it so that "
+        "it computes the same for all lengths (BigBird: attention_type='original_full')"
+    )
 
 
 def label_shift_of_class(model: nn.Module) -> int:

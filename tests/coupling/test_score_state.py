@@ -228,6 +228,21 @@ def test_gradient_checkpointing_in_training_mode(use_reentrant):
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def test_a_model_that_changes_itself_in_short_texts_is_refused_and_stays_as_it_was():
+    """BigBird would be scored, and left, with another attention than it was loaded with."""
+    from transformers import BigBirdConfig, BigBirdForMaskedLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "block_size": 4}
+    sparse = BigBirdForMaskedLM(BigBirdConfig(**sizes, num_random_blocks=1))
+    modules = list(sparse.modules())
+    with pytest.raises(ValueError, match="model must keep its modules .* BigBirdAttention that ex"):
+        run(sparse)
+    assert list(sparse.modules()) == modules
+    assert {m.attention_type for m in modules if hasattr(m, "attention_type")} == {"block_sparse"}
+    assert list(run(BigBirdForMaskedLM(BigBirdConfig(**sizes, attention_type="original_full"))))
+
+
 class _Wrapper(nn.parallel.DistributedDataParallel):
     """DistributedDataParallel without a process group."""
 
