@@ -32,16 +32,10 @@ def default_shift(model: nn.Module) -> Shift:
     """ "next" for causal language models, "same" for masked ones.
 
     Raises:
-        ValueError: the model is neither.
+        ValueError: as `label_shift`.
     """
-    model = unwrap(model)
-    try:
-        return "next" if label_shift(model) else "same"
-    except ValueError:
-        raise ValueError(
-            f"model must be a causal or masked language model, got {type(model).__name__}; "
-            f"pass shift=, one of {', '.join(get_args(Shift))}"
-        ) from None
+    otherwise = f"pass shift=, one of {', '.join(get_args(Shift))}"
+    return "next" if label_shift(unwrap(model), otherwise) else "same"
 
 
 def position_labels(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastdean.coupling.results.scores import check_expert_scope, check_keep_top
 from fastdean.coupling.sums.accumulators import all_sums_bytes
@@ -13,6 +14,7 @@ from fastdean.coupling.sums.block_sums import sums_at_a_time
 from fastdean.coupling.sums.holding import Holding, together_bytes
 from fastdean.coupling.targets.target import Target
 from fastdean.coupling.workloads.rank_blocks import blocks_of_a_rank
+from fastdean.files.declared import brief
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.wording.mendable import InputTypeError
 from fastdean.wording.numbers import require_flag, require_real
@@ -46,6 +48,7 @@ class Asked:
     impl: str | None = None
 
     def __post_init__(self) -> None:
+        _require_names(self.target_modules)
         check_keep_top(self.keep_top)
         require_flag("signs", self.signs)
         require_flag("deterministic", self.deterministic)
@@ -71,6 +74,16 @@ class Asked:
     def kept_bytes(self, targets: Sequence[Target]) -> int:
         """What the sums of targets take that are kept to the end; of one data set."""
         return all_sums_bytes(self.granularity, self.signs)(targets)
+
+
+def _require_names(target_modules: Any) -> None:
+    parts = target_modules if isinstance(target_modules, Collection) else [target_modules]
+    other = next((part for part in parts if not isinstance(part, str)), None)
+    if other is not None or not isinstance(target_modules, Collection):
+        raise InputTypeError(
+            "target_modules must be a text or a list of texts, got "
+            f"{brief(target_modules)}; leave it out for 'mlp'"
+        )
 
 
 def _require_order(

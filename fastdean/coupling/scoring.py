@@ -29,6 +29,7 @@ from fastdean.models.model_state import eager, evaluation_state, frozen, strict_
 from fastdean.models.ranks.distributed import Ranks, check_rank_timeout, failing_together
 from fastdean.wording.granularity import checked_granularity
 from fastdean.wording.log import logger
+from fastdean.wording.mendable import InputTypeError
 
 
 @torch.inference_mode(False)
@@ -224,6 +225,7 @@ def score_sets(
     Raises:
         ValueError, TypeError, RuntimeError: as `score`.
     """
+    _require_names(loaders)
     ranks = Ranks.current()
     check_rank_timeout(rank_timeout)
     ranks.limit_waiting(rank_timeout)
@@ -274,3 +276,13 @@ def score_sets(
                 asked, subject.order, sets.scorables, job.windows, subject.device, subject.ranks
             )
             return job.run(chosen)
+
+
+def _require_names(loaders: Mapping[str, Any]) -> None:
+    if not loaders:
+        raise ValueError("loaders must have at least one data set, got none; name one")
+    for name in loaders:
+        if not isinstance(name, str):
+            raise InputTypeError(
+                f"description must be a text, which names the data set, got {type(name).__name__}"
+            )

@@ -100,8 +100,8 @@ def read_examples(
     """Read every example of `loader`, in order, padding stripped.
 
     A row that holds several examples is split (see `fastdean.data.segments`); what ends such a row
-    without a target, one token over and over, is padding. What else a batch has for each token is
-    carried along (`Example.columns`).
+    without a target, one token over and over, is padding. A token that `attention_mask` hides is no
+    target. What else a batch has for each token is carried along (`Example.columns`).
 
     Args:
         loader: an iterable (DataLoader, `datasets.Dataset`, list, generator) of
@@ -371,8 +371,9 @@ def _examples_of(item: Mapping[str, Any], position: int) -> list[Example]:
         mask = None if masks is None else masks[number]
         row = {key: rows[number] for key, rows in columns.items()}
         if not found:
+            what = "a row without tokens" if not ids.numel() else "a row that is padding alone"
             raise ValueError(
-                f"attention_mask must keep at least one token of each example, got a row of zeros "
+                f"loader must give each example at least one token that is no padding, got {what} "
                 f"at item {position}; leave the row out"
             )
         pieces = []

@@ -311,13 +311,7 @@ def require_method(model: nn.Module, method: str) -> type[Objective]:
             f"method must be one of {', '.join(METHODS)}, got {method!r}; 'bec' and 'causal' are "
             "the plainest, for masked and for causal models"
         )
-    try:
-        kind = _KINDS[label_shift(unwrap(model))]
-    except ValueError:
-        raise ValueError(
-            "model must be a causal or masked language model to be debiased, got "
-            f"{type(unwrap(model)).__name__}; load it with its language modelling head"
-        ) from None
+    kind = _KINDS[label_shift(unwrap(model))]
     if kind not in METHODS[method].fits:
         fitting = ", ".join(name for name, other in METHODS.items() if kind in other.fits)
         raise ValueError(

@@ -16,9 +16,6 @@ from fastdean.models.ranks.sharded import resharded
 from fastdean.models.ranks.shards import OwnBlock, is_sharded
 from fastdean.ops.memory import memory_fault, write_fault
 
-# Name components that a wrapper adds and that no checkpoint has.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -54,7 +51,6 @@ class Weights:
         self._parameters: dict[str, nn.Parameter] = {}
         self._adapted: set[str] = set()
         for name, (path, adapted) in parameter_paths(root).items():
-            name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
             self._parameters[name] = named[path]
             if adapted:
                 self._adapted.add(name)

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+# What wrappers of a part of a model call what they wrap, which no checkpoint does: torch.compile,
+# activation checkpointing, FSDP1. Such a wrapper and what is in it have one name.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -103,7 +107,8 @@ def _plain(
     yield Plain(name, path, module, adapted)
     for key, child in module._modules.items():
         if child is not None:
-            yield from _plain(child, _joined(name, key), _joined(path, key), adapted, seen)
+            inside = name if key in _WRAPPED else _joined(name, key)
+            yield from _plain(child, inside, _joined(path, key), adapted, seen)
 
 
 def _through(module: nn.Module) -> nn.Module:

@@ -61,17 +61,24 @@ def call(model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> Any:
     """`model(**inputs, **options)`, its outputs by name whatever its configuration says.
 
     Parts of a model read `return_dict` from the configuration they share, so that passing it does
-    not reach them.
+    not reach them. A loss of the routers is not made: it needs what they gave in layers that may be
+    answered for, and no caller reads it.
     """
-    configs: tuple[Any, ...] = (getattr(model, "config", None), text_config(model))
-    unnamed = [c for c in configs if getattr(c, "return_dict", True) is False]
+    configs = {id(c): c for c in (getattr(model, "config", None), text_config(model))}
+    wanted = {"return_dict": True, "output_router_logits": False}
+    others = [
+        (config, name, value)
+        for config in configs.values()
+        for name, value in wanted.items()
+        if getattr(config, name, value) is (not value)
+    ]
     try:
-        for each in unnamed:
-            each.return_dict = True
+        for config, name, value in others:
+            setattr(config, name, value)
         return model(**inputs, **options)
     finally:
-        for each in unnamed:
-            each.return_dict = False
+        for config, name, value in others:
+            setattr(config, name, not value)
 
 
 def logits_of(outputs: Any) -> Tensor:

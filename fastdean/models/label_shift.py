@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from fastdean.models.adapters import base_model, require_no_prompts
@@ -12,26 +15,29 @@ from fastdean.models.probes import (
 )
 
 
-def label_shift(model: nn.Module) -> int:
+def label_shift(model: nn.Module, otherwise: str | None = None) -> int:
     """1 for causal language models, 0 for masked ones.
 
     The class says which of the two the model may be, and a measurement which it is: some classes
     are causal or not by an entry of their configuration.
 
+    Args:
+        otherwise: what else the caller's user can do about a model that is neither, for messages.
     Raises:
-        ValueError: the model is neither, or not what its class is for; its loss has to come from
-            the caller. Or it does not compute the same twice, or puts a learned prompt in front of
-            the tokens.
+        ValueError: the model is neither, or not what its class is for. Or it does not compute the
+            same twice, or puts a learned prompt in front of the tokens.
     """
+    last_way = "" if otherwise is None else f", or {otherwise}"
     require_no_prompts(model)
     shifts = _shifts_by_class(model)
     if not shifts:
         raise ValueError(
-            f"model must be a causal or masked language model, got {type(model).__name__}; "
-            "pass loss_fn= to define its per-example loss"
+            f"model must be a causal or masked language model, got {type(model).__name__}; load it "
+            f"as one (AutoModelForCausalLM, AutoModelForMaskedLM){last_way}"
         )
     inner = base_model(model)
-    ahead = sees_ahead(inner)
+    with _as_it_was_built(inner):
+        ahead = sees_ahead(inner)
     if ahead is None:
         return max(shifts)
     if ahead and 1 in shifts and repeats(inner) is False:
@@ -44,17 +50,38 @@ def label_shift(model: nn.Module) -> int:
         raise ValueError(
             "model must be causal to be read as the causal language model of its class, got "
             f"{type(inner).__name__}, whose logits depend on later tokens; set is_decoder=True (or "
-            "causal=True) in its configuration, load it as a masked language model, or pass "
-            "loss_fn= to define its per-example loss"
+            "causal=True) in its configuration, or load it as a masked language model"
+            f"{last_way}"
         )
     # Of a model that mixes no tokens at all (its attention may be masked out) the class decides.
     if not ahead and 1 not in shifts and sees_back(inner):
         raise ValueError(
             "model must see the tokens on both sides to be read as the masked language model of "
             f"its class, got {type(inner).__name__}, whose logits depend on earlier tokens only; "
-            "load it as a causal language model, or pass loss_fn= to define its per-example loss"
+            f"load it as a causal language model{last_way}"
         )
     return 0 if ahead or 1 not in shifts else 1
+
+
+@contextmanager
+def _as_it_was_built(model: nn.Module) -> Iterator[None]:
+    """Refuse a model that exchanges modules of its own in a short pass, and put them back.
+
+    BigBird goes over from block-sparse to full attention so, and stays with it for longer texts.
+    """
+    built = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    yield
+    other = next((module for module, _, parts in built if module._modules != parts), None)
+    if other is None:
+        return
+    for module, attributes, parts in built:
+        vars(module).update(attributes)
+        module._modules.update(parts)
+    raise ValueError(
+        "model must keep its modules in a forward pass, got a "
+        f"{type(other).__name__} that exchanges some of its own for short texts; load it so that "
+        "it computes the same for all lengths (BigBird: attention_type='original_full')"
+    )
 
 
 def label_shift_of_class(model: nn.Module) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny_models
 import torch
+import transformers
 from device_reads import DeviceReads
 
 from fastdean.collapse import CollapseClasses, default_shift, position_labels
@@ -168,11 +171,19 @@ def test_the_shift_of_a_model(name, shift):
 
 def test_a_model_of_no_language():
     message = (
-        "model must be a causal or masked language model, got Linear; pass shift=, one of next, "
-        "same, published"
+        "model must be a causal or masked language model, got Linear; load it as one "
+        "(AutoModelForCausalLM, AutoModelForMaskedLM), or pass shift=, one of next, same, published"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         default_shift(torch.nn.Linear(2, 2))
+
+
+def test_a_model_whose_shift_is_not_what_its_class_says():
+    """What is wrong is said as it is, and `loss_fn`, which nobody takes here, is not."""
+    model = transformers.BertLMHeadModel(tiny_models.bert().config)
+    message = "whose logits depend on later tokens; set is_decoder=True .*, or pass shift=, one of"
+    with pytest.raises(ValueError, match=message):
+        default_shift(model)
 
 
 def test_arguments_that_do_not_fit():

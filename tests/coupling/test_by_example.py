@@ -103,6 +103,32 @@ def test_every_parameter_equals_autograd(name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_longest_examples_do_not_share_a_row_of_the_models_positions():
+    config = transformers.LlamaConfig(
+        **SMALL, num_attention_heads=4, intermediate_size=INTERMEDIATE, max_position_embeddings=10
+    )
+    model = built(transformers.LlamaForCausalLM, config)
+    assert_exact(score(model, NORMS), model)
+
+
+def test_examples_with_positions_of_their_own():
+    model = llama()
+    loader = [
+        {"input_ids": ids, "labels": labels, "position_ids": torch.arange(len(ids)) + 2}
+        for ids, labels in examples()
+    ]
+    found = fastdean.score(model, loader, target_modules=NORMS, progress=False)
+    assert "model.norm.weight" in found and len(found) == 3
+
+
+def test_losses_in_bf16_may_round_with_what_shares_their_batch():
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 8
+    assert len(score(model.bfloat16(), NORMS)) == 3
+
+
 @pytest.mark.parametrize(
     "name, options",
     [

@@ -468,6 +468,20 @@ def test_what_cannot_be_run_by_layers_is_refused_by_name(build, message, monkeyp
     assert "batch by batch after all" in caplog.text
 
 
+def test_a_loss_of_what_layers_do_not_return_is_refused_by_name():
+    def of_routers(outputs, batch):
+        return per_token_losses(outputs, batch) + 0 * outputs.router_logits[1].mean()
+
+    options = {"loss_fn": of_routers, "target_modules": "self_attn"}
+    model = experts_model("Mixtral")
+    model.config.output_router_logits = True
+    message = "what follows the layers on what they return, got IndexError.*use order='batches'"
+    with pytest.raises(RuntimeError, match=message):
+        score(model, loader_with_losses(), order="layers", **options)
+    assert not stubs_left(model)
+    assert list(score(model, loader_with_losses(), order="batches", **options))
+
+
 # Half precision.
 
 

@@ -62,6 +62,17 @@ def test_scores_of_the_other_families(family, order):
     require_exact(family, order)
 
 
+@pytest.mark.parametrize("order", ["batches", "layers"])
+def test_a_configuration_that_asks_for_the_loss_of_the_routers(order):
+    model = experts_model("Mixtral")
+    expected = scored(model, order="batches")
+    model.config.output_router_logits = True
+    found = scored(model, order=order)
+    assert model.config.output_router_logits
+    for name in expected:
+        assert norm_error(found[name], expected[name]) < 1e-6, name
+
+
 def test_names_by_suffix_and_the_model_as_it_was():
     model = experts_model("Qwen2Moe")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

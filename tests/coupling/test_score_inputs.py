@@ -14,6 +14,7 @@ from tiny_models import HIDDEN, MODELS, VOCAB, bert, gpt2, llama
 
 import fastdean
 from fastdean.collapse import CollapseClasses, collapse_metrics
+from fastdean.coupling.scoring import score_sets
 from fastdean.data.examples import Example, read_examples
 from fastdean.evaluation import last_token_states, perplexity, response_margins
 
@@ -504,15 +505,23 @@ def test_a_loss_of_ones_own_needs_one_example_in_each_row(kind):
         ({"tokens_per_batch": 64.5}, "tokens_per_batch must be a positive number of tokens, got"),
         ({"keep_top": "1e-3"}, "keep_top must be a ratio above 0 and at most 1, got '1e-3'; give"),
         ({"keep_top": True}, "keep_top must be a ratio above 0 and at most 1, got True; give a"),
+        ({"target_modules": None}, "target_modules must be a text or a list of texts, got None; "),
+        ({"target_modules": ["mlp", 3]}, "target_modules must be a text or a list of texts, got "),
+        ({"description": None}, "description must be a text, which names the data set, got None"),
     ],
 )
-def test_a_number_that_is_none_is_told_by_its_name_before_the_loader_is_read(options, told):
+def test_an_option_of_another_type_is_told_by_its_name_before_the_loader_is_read(options, told):
     def loader():
         raise AssertionError("the loader was read")
         yield
 
     with pytest.raises(TypeError, match=f"^{told}"):
         fastdean.score(llama(), loader(), progress=False, **options)
+
+
+def test_no_data_set_is_refused():
+    with pytest.raises(ValueError, match="^loaders must have at least one data set, got none"):
+        score_sets(llama(), {}, progress=False)
 
 
 def test_max_length_must_be_a_number_of_tokens():

@@ -244,7 +244,12 @@ GOOD = [5, 6, 7, 8]
             r"labels must have the shape of input_ids at item 0, got",
         ),
         (one(GOOD, attention_mask=[1, 1]), ValueError, "attention_mask must have the shape of"),
-        (one(GOOD, attention_mask=[0] * 4), ValueError, "got a row of zeros at item 0; leave"),
+        (
+            one(GOOD, attention_mask=[0] * 4),
+            ValueError,
+            "got a row that is padding alone at item 0",
+        ),
+        (one([]), ValueError, "got a row without tokens at item 0; leave the row out"),
         (one(torch.ones(1, 2, 3).long()), ValueError, r"must have shape \[T\] or \[B, T\], got"),
         (one(torch.rand(2, 3)), ValueError, "input_ids must hold integers, got torch.float32"),
         (one(["the cat"]), ValueError, r"input_ids must hold integers of shape .* tokenise"),

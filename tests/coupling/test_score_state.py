@@ -228,6 +228,21 @@ def test_gradient_checkpointing_in_training_mode(use_reentrant):
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def test_a_model_that_changes_itself_in_short_texts_is_refused_and_stays_as_it_was():
+    """BigBird would be scored, and left, with another attention than it was loaded with."""
+    from transformers import BigBirdConfig, BigBirdForMaskedLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "block_size": 4}
+    sparse = BigBirdForMaskedLM(BigBirdConfig(**sizes, num_random_blocks=1))
+    modules = list(sparse.modules())
+    with pytest.raises(ValueError, match="model must keep its modules .* BigBirdAttention that ex"):
+        run(sparse)
+    assert list(sparse.modules()) == modules
+    assert {m.attention_type for m in modules if hasattr(m, "attention_type")} == {"block_sparse"}
+    assert list(run(BigBirdForMaskedLM(BigBirdConfig(**sizes, attention_type="original_full"))))
+
+
 class _Wrapper(nn.parallel.DistributedDataParallel):
     """DistributedDataParallel without a process group."""
 
@@ -240,6 +255,35 @@ def test_wrapped_models_are_unwrapped():
     expected = run(llama())
     assert_same_scores(run(_Wrapper(llama())), expected)
     assert_same_scores(run(torch.compile(_Wrapper(llama()), backend="eager")), expected)
+
+
+def _with_compiled_parts():
+    model = llama()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = torch.compile(mlp.up_proj, backend="eager")
+    return model
+
+
+def _with_checkpointed_layers():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = llama()
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = checkpoint_wrapper(layer)
+    return model
+
+
+@pytest.mark.parametrize("order", ["batches", "layers"])
+@pytest.mark.parametrize("build", [_with_compiled_parts, _with_checkpointed_layers])
+def test_wrapped_parts_have_the_names_of_the_checkpoint(build, order):
+    model, options = build(), {"target_modules": "all,input_layernorm.weight", "order": order}
+    found = run(model, **options)
+    assert_same_scores(found, run(llama(), **options))
+    mask = fastdean.couple(found, found, ratio=0.1)
+    for each in (model, llama()):
+        with mask.applied(each):
+            assert sum(int((p == 0).sum()) for p in each.parameters()) == len(mask)
 
 
 def compiled(how):

@@ -9,7 +9,7 @@ directions. Nothing is looked up by the kind of a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -221,12 +221,18 @@ def require_losses_of_their_own(work: Workload, device: torch.device, name: str)
     if not bool(together.isfinite().all() & alone.isfinite().all()):
         # For the loss to say.
         return
-    allowed = max(1e-3, 6 * torch.finfo(together.dtype).eps) * together.norm()
-    if not (together - alone).norm() <= allowed:
+    # The losses may be fp32 where the model computes in less.
+    epsilon = max(torch.finfo(each.dtype).eps for each in _floating(work.model))
+    if not (together - alone).norm() <= max(1e-3, 6 * epsilon) * together.norm():
+        who, remedy = work.of_its_own
         raise StateError(
-            f"loss_fn must give each example a loss of its own, got other losses for one example "
-            f"at a time, which {name} needs; pass batches of one example"
+            f"{who} must give each example a loss of its own, got other losses for one example "
+            f"at a time, which {name} needs; {remedy}"
         )
+
+
+def _floating(model: nn.Module) -> Iterator[Tensor]:
+    return (each for each in model.parameters() if each.is_floating_point())
 
 
 @dataclass

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class CustomLoss(Workload):
     digest: str
     first: Mapping[str, Any]
     firsts: list[int]
+    of_its_own: ClassVar[tuple[str, str]] = ("loss_fn", "pass batches of one example")
 
     @classmethod
     def plan(

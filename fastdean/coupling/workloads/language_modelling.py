@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class LanguageModelling(Workload):
     dealt: list[list[int]]
     rendering: dict[str, Any]
     tokenizer: Any = None
+    of_its_own: ClassVar[tuple[str, str]] = (
+        "model",
+        "leave it out of target_modules, or load the model in float32",
+    )
 
     @classmethod
     def plan(
@@ -61,7 +65,7 @@ class LanguageModelling(Workload):
         tokens_per_batch: int | None = None,
         skip_bad_rows: bool = False,
     ) -> LanguageModelling:
-        shift = label_shift(model)
+        shift = label_shift(model, "pass loss_fn= to define its per-example loss")
         skipped = Skipped() if skip_bad_rows else None
         reading = {"tokenizer": tokenizer, "template": template, "max_length": max_length}
         numbered = numbered_examples(loader, **reading, skipped=skipped)
@@ -151,7 +155,10 @@ class LanguageModelling(Workload):
         longest = sorted(self.examples[:_EXCERPT_FROM], key=len)[:-3:-1]
         texts = [example.predicting_itself() for example in longest]
         if not whole:
-            most = max(2, min(_EXCERPT_TOKENS, self.layout.alone_above or _EXCERPT_TOKENS))
+            row = self.layout.longest_row or 2 * _EXCERPT_TOKENS
+            alone_above = self.layout.alone_above or _EXCERPT_TOKENS
+            # Half a row, so that the two stand in one.
+            most = max(2, min(_EXCERPT_TOKENS, alone_above, row // 2))
             texts = [text.first(most) for text in texts]
             if len(texts) == 2:
                 # The second is the shorter one, and not longer than the first.
@@ -159,9 +166,14 @@ class LanguageModelling(Workload):
                 ends = max(2, 2 * len(texts[0]) // 3) if apart else len(texts[1])
                 first = texts[0] if apart else texts[0].first(len(texts[1]))
                 texts = [first, texts[1].first(ends)]
-        batches = _planned(texts, self.shift, sum(map(len, texts)) * 2, self.layout)
+        tokens = 2 * sum(map(len, texts))
+        # What does not share the first batch is no part of it, nor of `alone`.
+        texts = [
+            texts[i] for i in _planned(texts, self.shift, tokens, self.layout)[0].example_index
+        ]
+        batches = _planned(texts, self.shift, tokens, self.layout)
         dealt = [list(range(len(texts)))]
-        return replace(self, examples=texts, batches=batches[:1], blocks=[1], dealt=dealt)
+        return replace(self, examples=texts, batches=batches, blocks=[1], dealt=dealt)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class Workload(ABC):
         blocks: of how many batches each block of this rank is, in order; no batch is in two.
         num_examples: on all ranks together.
         examples_here: how many this rank scores.
+        of_its_own: for messages, who makes the losses, and what to do if those of an example are
+            others beside another one.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class Workload(ABC):
     blocks: list[int]
     num_examples: int
     examples_here: int
+    of_its_own: ClassVar[tuple[str, str]]
 
     @abstractmethod
     def batch(self, number: int, device: torch.device) -> AbstractContextManager[Pass]:

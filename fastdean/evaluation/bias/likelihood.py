@@ -87,7 +87,7 @@ class Likelihoods:
             "tokens_per_batch": tokens_per_batch,
             "progress": progress,
         }
-        self.start = start_token(tokenizer, start, masked=_is_masked(model))
+        self.start = start_token(tokenizer, start, masked=label_shift(unwrap(model)) == 0)
 
     def encode(self, text: str, *, offsets: bool = False) -> Encoded:
         """See `encode_text`."""
@@ -153,17 +153,6 @@ class Likelihoods:
                 f"texts must fit the model's {limit} tokens, got one of {longest}; leave it out"
             )
         return target_log_likelihood(self._model, examples, **self._options)
-
-
-def _is_masked(model: nn.Module) -> bool:
-    try:
-        return label_shift(unwrap(model)) == 0
-    except ValueError:
-        raise ValueError(
-            "model must be a causal or masked language model, got "
-            f"{type(unwrap(model)).__name__}; load it with AutoModelForCausalLM or "
-            "AutoModelForMaskedLM"
-        ) from None
 
 
 def encode_text(tokenizer: Any, text: str, *, offsets: bool = False) -> Encoded:

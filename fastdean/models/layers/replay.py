@@ -116,10 +116,21 @@ class Replay:
         raise NotByLayers(self._out_of_order_message(self._next, "left out"))
 
     def finish(self, answers: Sequence[Returned], call: Callable[[], Any]) -> Any:
-        """What `call()`, which runs the model, returns when all layers answer."""
+        """What `call()`, which runs the model, returns when all layers answer.
+
+        Raises:
+            NotByLayers: as `reach`; or what follows asks for something that layers return nothing
+                of, and that is recorded while they run (attentions, the logits of routers).
+        """
         self._answers, self._next = answers, 0
         try:
             result = call()
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise NotByLayers(
+                "order='layers' must be able to run what follows the layers on what they return, "
+                f"got {type(error).__name__}: {error}; attentions and the logits of routers are "
+                "not at hand there"
+            ) from error
         finally:
             self._answers = ()
         if self._next != len(self):
