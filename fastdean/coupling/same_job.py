@@ -71,7 +71,9 @@ def require_same_bits(entries: Mapping[str, ScoreEntry], ranks: Ranks) -> None:
     A mask that was applied on one rank alone changes no more than a few numbers. The checksums are
     made with the scores; beforehand they would take a share of the job's time.
     """
-    own = {f"bits of {name}": f"{entry.fingerprint:x}" for name, entry in entries.items()}
+    own = {
+        f"bits of {name}": f"{entry.fingerprint % 2**64:016x}" for name, entry in entries.items()
+    }
     ranks.require_same("model", own, "give every rank the same model")
 
 
