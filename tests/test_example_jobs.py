@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -59,8 +60,13 @@ kill -TERM "$(cat "$CLUSTER/pid")"
 TIME_IS_UP = """
 tail -f /dev/null & left=$!
 trap 'kill $left; exit {code}' TERM
-kill -TERM $PPID
+kill -USR1 $PPID
 wait
+"""
+# `scancel JOB`: SLURM ends the step and the batch script alike.
+CANCELLED = """
+kill -TERM $PPID
+exit 143
 """
 
 
@@ -167,7 +173,22 @@ def in_slurm(step, *args, number="70001"):
         SLURM_JOB_ID=number,
         SLURM_JOB_NODELIST="node-[a-b]",
         SLURM_JOB_NUM_NODES="2",
+        SLURM_CPUS_PER_TASK="64",
     )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_recipe_without_a_command_asks_for_one(machine, name):
+    machine(torchrun=SHOWS, accelerate=SHOWS, srun=SRUN, scontrol=SCONTROL)
+    done = call(name, HEAD="node-a:29400")
+    assert done.returncode != 0 and not done.stdout
+    assert "must be a command of fastdean, such as score" in done.stderr
+
+
+def test_the_slurm_script_asks_for_sbatch_where_it_is_started_without(machine):
+    machine(srun=SRUN, scontrol=SCONTROL)
+    done = call("slurm", "score")
+    assert done.returncode != 0 and "start this script with sbatch" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -179,8 +200,10 @@ def in_slurm(step, *args, number="70001"):
         (TIME_IS_UP.format(code=1), 1, True),
         # It was through before it was stopped.
         (TIME_IS_UP.format(code=0), 0, False),
+        # Who cancels a job does not want it back.
+        (CANCELLED, -signal.SIGTERM, False),
     ],
-    ids=["done", "failed", "stopped", "done in time"],
+    ids=["done", "failed", "stopped", "done in time", "cancelled"],
 )
 def test_a_slurm_job_is_put_back_if_its_time_was_up(machine, tmp_path, step, code, requeued):
     machine(scontrol=SCONTROL, scancel=SCANCEL, srun=SRUN + step)
@@ -191,7 +214,7 @@ def test_a_slurm_job_is_put_back_if_its_time_was_up(machine, tmp_path, step, cod
     if requeued:
         assert queue.read_text() == "70001\n"
     signals = tmp_path / "signals"
-    assert signals.exists() == ("PPID" in step)
+    assert signals.exists() == ("USR1" in step)
     if signals.exists():
         # For the ranks alone: once, and to no batch script.
         assert signals.read_text() == "--signal=TERM 70001\n"
@@ -201,6 +224,8 @@ def test_a_slurm_job_has_a_torchrun_on_each_node(machine, tmp_path):
     machine(scontrol=SCONTROL, scancel=SCANCEL, srun=SRUN)
     assert in_slurm("", "score", "--out", "a b").returncode == 0
     given = (tmp_path / "step").read_text().splitlines()
+    # Of versions that do not hand on what the job has a task would have one.
+    assert "--cpus-per-task=64" in given[: given.index("torchrun")]
     parsed, command = given_to_torchrun(given[given.index("torchrun") + 1 :])
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.max_restarts) == ("2", "gpu", 3)
     assert parsed.rdzv_backend == "c10d" and parsed.rdzv_endpoint == "node-a:30001"
@@ -210,7 +235,7 @@ def test_a_slurm_job_has_a_torchrun_on_each_node(machine, tmp_path):
         for line in (JOBS / "slurm.sh").read_text().splitlines()
         if line.startswith("#SBATCH ")
     ]
-    assert {"--signal=B:TERM@120", "--requeue", "--ntasks-per-node=1"} <= set(asked)
+    assert {"--signal=B:USR1@120", "--requeue", "--ntasks-per-node=1"} <= set(asked)
 
 
 # In the rank 1 of a job, as soon as it has written down its progress so often, and once.
@@ -229,7 +254,7 @@ if os.environ.get("RANK") == "1":
 """
 DIES = "os.kill(os.getpid(), signal.SIGKILL)"
 TIME_ENDS = (
-    "os.kill(int(open(os.path.join(os.environ['CLUSTER'], 'batch')).read()), signal.SIGTERM)"
+    "os.kill(int(open(os.path.join(os.environ['CLUSTER'], 'batch')).read()), signal.SIGUSR1)"
 )
 
 

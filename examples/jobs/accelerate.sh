@@ -6,6 +6,7 @@
 #
 # accelerate starts them through torchrun, all of them again when one has died.
 set -euo pipefail
+command=${1:?must be a command of fastdean, such as score, with its options behind it}
 
 exec accelerate launch --config_file "${CONFIG:-$(dirname "$0")/accelerate.yaml}" \
-    --max_restarts 3 --module fastdean "$1" --order layers --rank-timeout 600 "${@:2}"
+    --max_restarts 3 --module fastdean "$command" --order layers --rank-timeout 600 "${@:2}"

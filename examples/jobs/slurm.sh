@@ -11,13 +11,16 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=04:00:00
-# SIGTERM for this script, 120 seconds before the time is up.
-#SBATCH --signal=B:TERM@120
+# A signal for this script, 120 seconds before the time is up. Not SIGTERM, which comes of scancel
+# too: a job that is cancelled must not come back.
+#SBATCH --signal=B:USR1@120
 # SLURM may put the job back into the queue; the log goes on too.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -u
+command=${1:?must be a command of fastdean, such as score, with its options behind it}
+: "${SLURM_JOB_ID:?must be set by SLURM; start this script with sbatch}"
 
 stopping=
 step=
@@ -27,14 +30,16 @@ stop() {
     stopping=yes
     [ -z "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID"
 }
-trap stop TERM
+trap stop USR1
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_JOB_NUM_NODES" \
+# srun of SLURM 22.05 and some later ones gives a task one CPU, whatever the job has for it.
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
+    torchrun --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${RANKS:-gpu}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" \
     --rdzv-id "$SLURM_JOB_ID" \
-    --module fastdean "$1" --order layers --rank-timeout 600 "${@:2}" &
+    --module fastdean "$command" --order layers --rank-timeout 600 "${@:2}" &
 step=$!
 [ -z "$stopping" ] || stop
 

@@ -39,6 +39,7 @@ from fastdean.data.examples import IGNORE_INDEX
 from fastdean.files.declared import Anything, Maps, Record, require
 from fastdean.models.label_shift import label_shift_of_class
 from fastdean.models.model_state import unwrap
+from fastdean.models.ranks.attendance import require_all_come
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.sharded import left_sharded
 from fastdean.models.ranks.sharded_rows import placing
@@ -153,6 +154,9 @@ class CollapseRegularizer:
         weight = trained_weight(self.module)
         self._check_something_learns(weight, any(p.requires_grad for p in model.parameters()))
         classes.check_embedding(weight)
+        if any(map(is_sharded, model.parameters())):
+            # The ranks run such a model together, to see which token is next.
+            self._require_on_all(Ranks.of_group())
         with left_sharded(self.module):
             self.shift: Shift = default_shift(model) if shift is None else check_shift(shift)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -388,6 +392,10 @@ class CollapseRegularizer:
             impl=self._impl,
         )
 
+    def _require_on_all(self, ranks: Ranks) -> None:
+        remedy = "make a CollapseRegularizer on each, before the same training pass"
+        require_all_come("the regulariser", ranks, remedy)
+
     def _ranks_of(self, weight: Tensor, live: bool) -> Ranks:
         """The ranks that train the model; those of a team have the same batch.
 
@@ -396,6 +404,8 @@ class CollapseRegularizer:
         """
         found = placing(weight), Ranks.of_group()
         if self._ranks is None or self._ranks[:2] != found:
+            # Before the first collective, which a rank without one would not enter.
+            self._require_on_all(found[1])
             ranks = training_ranks(self.module)
             made = {
                 **self._identity(),

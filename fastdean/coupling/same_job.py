@@ -6,14 +6,14 @@ Ranks that were not would add up sums of unlike weights, or wait in unlike colle
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdean.coupling.asked import Asked
-from fastdean.coupling.results.score_entry import values_at
+from fastdean.coupling.results.score_entry import ScoreEntry, values_at
 from fastdean.coupling.subject import Subject
 from fastdean.coupling.targets.target import Target
 from fastdean.models.ranks.distributed import Ranks
@@ -47,7 +47,11 @@ def require_same_arguments(asked: Asked, sets: int, subject: Subject, ranks: Ran
 
 
 def require_same_weights(targets: Sequence[Target], subject: Subject, ranks: Ranks) -> None:
-    """ValueError on all ranks where they have unlike models, by a few numbers of each weight."""
+    """ValueError on all ranks where they have unlike models, by a few numbers of each weight.
+
+    Of all weights, as every one has a part in every score: a head that was not in the checkpoint
+    is drawn anew on each rank.
+    """
     if ranks.size == 1:
         return
     own = {"class": type(subject.model).__name__}
@@ -57,16 +61,28 @@ def require_same_weights(targets: Sequence[Target], subject: Subject, ranks: Ran
             own[f"shape of {target.parameter}"] = str(list(target.weight.shape))
     # Of weights in parts each rank has its own.
     if subject.parts is None and not ranks.teams:
-        own |= _digests(targets)
+        own |= _digests(subject.model)
     ranks.require_same("model", own, "give every rank the same model")
 
 
-def _digests(targets: Sequence[Target]) -> dict[str, str]:
+def require_same_bits(entries: Mapping[str, ScoreEntry], ranks: Ranks) -> None:
+    """ValueError on all ranks where a weight that was scored has other bits on one of them.
+
+    A mask that was applied on one rank alone changes no more than a few numbers. The checksums are
+    made with the scores; beforehand they would take a share of the job's time.
+    """
+    own = {
+        f"bits of {name}": f"{entry.fingerprint % 2**64:016x}" for name, entry in entries.items()
+    }
+    ranks.require_same("model", own, "give every rank the same model")
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
     """Of a few numbers of each weight that is in memory."""
     numbers = {
-        target.parameter: _numbers(target.weight.detach())
-        for target in targets
-        if memory_fault(target.weight) is None
+        name: _numbers(weight.detach())
+        for name, weight in model.named_parameters()
+        if memory_fault(weight) is None
     }
     found = {}
     for device in dict.fromkeys(each.device for each in numbers.values()):

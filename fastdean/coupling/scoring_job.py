@@ -25,6 +25,7 @@ from fastdean.coupling.resuming.kept_entries import entries_bytes, keep_entries,
 from fastdean.coupling.resuming.kept_files import KeptFiles
 from fastdean.coupling.resuming.milestones import Milestones
 from fastdean.coupling.resuming.resumable import discard, resumable
+from fastdean.coupling.same_job import require_same_bits
 from fastdean.coupling.subject import Subject
 from fastdean.coupling.sums.accumulators import Accumulator, split_by_memory
 from fastdean.coupling.targets.target import Target
@@ -272,6 +273,7 @@ class ScoringJob:
             for scorable in scorables
             for target in scorable.targets
         }
+        require_same_bits(entries, subject.ranks)
         manifest = score_manifest(
             subject.model,
             self.targets,

@@ -10,10 +10,14 @@ import torch
 from regularized import BATCHES, JOINED, STRENGTH, require_same_training, trained
 from tiny_classes import IDS, gradients, some_classes
 from tiny_models import llama
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from two_ranks import WORLD, join_group, leave_group, run_ranks
 
 from fastdean import CollapseRegularizer
+from fastdean.models.ranks import attendance
+from fastdean.wording.mendable import StateError
 
 DETACHED = {
     "cumulative": {},
@@ -93,10 +97,29 @@ def made_in_another_way(rank):
     return said
 
 
+def on_one_rank_alone(rank):
+    """What is said there; the other rank waits in a collective of its own."""
+    said = {}
+    waited, attendance.group_timeout = attendance.group_timeout, lambda: 1.0
+    for name in ("whole", "sharded"):
+        model = llama().train()
+        if name == "sharded":
+            fully_shard(model)
+        if rank == 0:
+            try:
+                CollapseRegularizer(model, some_classes(), STRENGTH)
+                model(**BATCHES[rank][0])
+            except StateError as error:
+                said[name] = str(error)
+        distributed.barrier()
+    attendance.group_timeout = waited
+    return said
+
+
 def worker(rank, folder):
     join_group(rank, folder)
     found = {name: on_rank(rank, options) for name, options in SITUATIONS.items()}
-    for situation in (made_in_another_way, by_items, bf16, without_words):
+    for situation in (made_in_another_way, on_one_rank_alone, by_items, bf16, without_words):
         found[situation.__name__] = situation(rank)
     leave_group(rank, folder, found)
 
@@ -146,6 +169,14 @@ def test_the_ranks_terms_come_to_one_where_the_items_are_shared_unevenly(found):
 def test_regularisers_that_were_made_in_unlike_ways_are_refused_on_all_ranks(found, name, text):
     for rank in range(WORLD):
         assert text in found[rank]["made_in_another_way"].get(name, "nothing")
+
+
+@pytest.mark.parametrize("model", ["whole", "sharded"])
+def test_a_rank_without_a_regulariser_is_named(found, model):
+    """By those with one, which would wait with it in unlike collectives."""
+    said = found[0]["on_one_rank_alone"][model]
+    assert "the regulariser must be there on every rank, got none on rank 1 of 2" in said
+    assert "make a CollapseRegularizer on each" in said
 
 
 def test_half_precision_travels(found):

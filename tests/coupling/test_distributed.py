@@ -74,7 +74,8 @@ def kept_experts(rank, **options):
 
 
 def kept_experts_as_one(rank):
-    return kept_experts(rank, expert_scope="tensor", order="layers", memory_budget=1 << 19)
+    options = {"memory_budget": 1 << 19, "tokens_per_batch": 32}
+    return kept_experts(rank, expert_scope="tensor", order="layers", **options)
 
 
 def most_kept(rank):
@@ -215,11 +216,27 @@ def nudged(model):
     return model
 
 
+def with_another_head(model):
+    """As one that was not in the checkpoint, so that every rank has drawn its own."""
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def edited(model):
+    """As by a mask: a single number, which is not looked at beforehand."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 1] = 0
+    return model
+
+
 OTHER_MODELS = {
     "class": lambda model: qwen2(),
     "dtype": lambda model: model.bfloat16(),
     "shape": wider,
-    "numbers": nudged,
+    "numbers in model.layers.1.mlp.up_proj.weight": nudged,
+    "numbers in lm_head.weight": with_another_head,
+    "bits of model.layers.1.mlp.down_proj.weight": edited,
 }
 
 

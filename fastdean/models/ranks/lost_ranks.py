@@ -213,6 +213,16 @@ def is_of_a_collective(error: BaseException) -> bool:
     )
 
 
+def group_timeout() -> float:
+    """Seconds that a rank waits for another one in the default process group."""
+    from torch.distributed.distributed_c10d import _get_default_group
+
+    group = _get_default_group()
+    backends = [group._get_backend(device) for device in group._device_types]
+    times = [each.options._timeout for each in backends if hasattr(each, "options")]
+    return min(times, default=torch.distributed.default_pg_timeout).total_seconds()
+
+
 def limit_collectives(seconds: float) -> Callable[[], None]:
     """Let nobody wait for longer in a process group that there is; what is returned undoes it.
 
