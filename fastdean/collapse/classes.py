@@ -16,6 +16,7 @@ from fastdean.collapse.forms import encode_forms, written_forms
 from fastdean.collapse.matching import MAX_ID, Matcher
 from fastdean.collapse.words import WORD, WordGroups, read_word_groups
 from fastdean.data.batching import send
+from fastdean.default_device import cpu_by_default
 from fastdean.files.declared import Lists, Record, Row, Text, Whole, brief, require
 from fastdean.models.ranks.sharded_rows import SharedRows
 from fastdean.models.ranks.shards import is_sharded
@@ -269,6 +270,7 @@ class CollapseClasses:
             tuple(LeftOut(*left) for left in stored["left_out"]),
         )
 
+    @cpu_by_default
     def _on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
             # They are part of later backward passes: no tensors of an inference mode.
