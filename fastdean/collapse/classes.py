@@ -270,7 +270,6 @@ class CollapseClasses:
             tuple(LeftOut(*left) for left in stored["left_out"]),
         )
 
-    @cpu_by_default
     def _on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
             # They are part of later backward passes: no tensors of an inference mode.
@@ -294,6 +293,7 @@ class _Tables(NamedTuple):
     present: Tensor
 
 
+@cpu_by_default
 def _tables(words: Sequence[tuple[int, ...]], device: torch.device) -> _Tables:
     longest = max(map(len, words))
     pieces = torch.tensor([[*word, *word[:1] * (longest - len(word))] for word in words])
