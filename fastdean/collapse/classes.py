@@ -16,6 +16,7 @@ from fastdean.collapse.forms import encode_forms, written_forms
 from fastdean.collapse.matching import MAX_ID, Matcher
 from fastdean.collapse.words import WORD, WordGroups, read_word_groups
 from fastdean.data.batching import send
+from fastdean.default_device import cpu_by_default
 from fastdean.files.declared import Lists, Record, Row, Text, Whole, brief, require
 from fastdean.models.ranks.sharded_rows import SharedRows
 from fastdean.models.ranks.shards import is_sharded
@@ -292,6 +293,7 @@ class _Tables(NamedTuple):
     present: Tensor
 
 
+@cpu_by_default
 def _tables(words: Sequence[tuple[int, ...]], device: torch.device) -> _Tables:
     longest = max(map(len, words))
     pieces = torch.tensor([[*word, *word[:1] * (longest - len(word))] for word in words])

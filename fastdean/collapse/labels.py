@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastdean.collapse.classes import CollapseClasses
 from fastdean.collapse.matching import at_offset
 from fastdean.data.examples import IGNORE_INDEX
+from fastdean.default_device import cpu_by_default
 from fastdean.models.label_shift import label_shift
 from fastdean.models.model_state import unwrap
 
@@ -28,6 +29,7 @@ def check_shift(shift: Shift) -> Shift:
     return shift
 
 
+@cpu_by_default
 def default_shift(model: nn.Module) -> Shift:
     """ "next" for causal language models, "same" for masked ones.
 

@@ -76,7 +76,7 @@ class NearestMean:
         What the ranks of a team counted, counts once.
         """
         ranks = replace(Ranks.current(), teams=self.teams)
-        counts = torch.tensor([*self.counts.values()]) * (ranks.rank == ranks.team[0])
+        counts = torch.tensor([*self.counts.values()], device="cpu") * (ranks.rank == ranks.team[0])
         ranks.sum_([counts])
         return NearestMean(*counts.tolist(), teams=self.teams)
 

@@ -19,6 +19,7 @@ from fastdean.collapse.representations import Features, Representations
 from fastdean.collapse.shared_passes import SharedPasses
 from fastdean.data.batching import Batch, send
 from fastdean.data.examples import Example, read_examples
+from fastdean.default_device import cpu_by_default
 from fastdean.models.calling import call
 from fastdean.models.forward import attention_for, prepare_batches
 from fastdean.models.model_state import (
@@ -32,6 +33,7 @@ from fastdean.models.ranks.shards import whole_features
 from fastdean.wording.doing import titled
 
 
+@cpu_by_default
 def collapse_metrics(
     model: nn.Module,
     loader: Any,
@@ -98,6 +100,7 @@ def collapse_metrics(
     return metrics.with_nearest(_nearest(passes, held_out, metrics))
 
 
+@cpu_by_default
 def nearest_mean_agreement(
     model: nn.Module,
     held_out: Any,

@@ -36,6 +36,7 @@ from fastdean.collapse.representations import (
     remove_hooks_of,
 )
 from fastdean.data.examples import IGNORE_INDEX
+from fastdean.default_device import cpu_by_default
 from fastdean.files.declared import Anything, Maps, Record, require
 from fastdean.models.label_shift import label_shift_of_class
 from fastdean.models.model_state import unwrap
@@ -337,6 +338,7 @@ class CollapseRegularizer:
     # The statistics are no part of a compiled graph. torch.compiler.disable would import the
     # compiler with this file; this form waits for the first call, as torch's optimizers do.
     @torch._disable_dynamo
+    @cpu_by_default
     def _regularize(self, output: Any, kwargs: Mapping[str, Any]) -> Any:
         _check_not_recomputing()
         self._warn_about_an_untaken_term()

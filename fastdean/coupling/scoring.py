@@ -24,6 +24,7 @@ from fastdean.coupling.scoring_job import ScoringJob
 from fastdean.coupling.subject import Subject
 from fastdean.coupling.tried_sets import try_sets
 from fastdean.coupling.workloads.custom_loss import LossFunction
+from fastdean.default_device import cpu_by_default
 from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.model_state import eager, evaluation_state, frozen, strict_determinism
 from fastdean.models.ranks.distributed import Ranks, check_rank_timeout, failing_together
@@ -80,6 +81,9 @@ def score(
     model that FSDP2 (`fully_shard`) shards over all ranks is scored layer by layer: a layer's
     weights are gathered for its windows alone. It is left sharded. The ranks over which tensor
     parallel splits a model are given the same examples, and each sums what it has of the weights.
+
+    `model`, `loader` and `loss_fn` run with the CPU as the default device, whatever
+    `torch.set_default_device` was called with: they must say where else a tensor is to lie.
 
     Args:
         model: a Hugging Face causal or masked language model, or with `loss_fn` any module. The
@@ -186,6 +190,7 @@ def score(
     )[description]
 
 
+@cpu_by_default
 @torch.inference_mode(False)
 @failing_together()
 def score_sets(

@@ -29,6 +29,7 @@ from fastdean.coupling.selection.top_entries import (
     top_entries,
 )
 from fastdean.data.rendering import differing_rendering_cautions
+from fastdean.default_device import cpu_by_default
 from fastdean.masks import MaskEntry, NeuronMask
 from fastdean.masks.summary import SIGN_COLUMNS, place_of
 from fastdean.models.model_state import unwrap
@@ -46,6 +47,7 @@ UNIT_WEIGHTS = ("down", "all")
 ABOUT_DATA = {"about": "data"}
 
 
+@cpu_by_default
 def couple(
     first: Scores,
     second: Scores,
@@ -172,6 +174,7 @@ def couple(
     )
 
 
+@cpu_by_default
 def overlap(
     first: Scores,
     second: Scores,

@@ -17,6 +17,7 @@ from fastdean.data.segments import DIVIDING_COLUMNS
 from fastdean.data.skipped import Skipped
 from fastdean.data.token_columns import as_rows, beside, carried_rows, example_spans
 from fastdean.data.tokenising import IGNORE_INDEX, TEMPLATES, tokenised
+from fastdean.default_device import cpu_by_default
 from fastdean.wording.mendable import InputTypeError
 from fastdean.wording.numbers import require_whole
 
@@ -88,6 +89,7 @@ class Example:
         return int((self.labels[shift:] != IGNORE_INDEX).sum())
 
 
+@cpu_by_default
 def read_examples(
     loader: Any,
     *,
@@ -191,6 +193,7 @@ def numbered_examples(
     return examples
 
 
+@cpu_by_default
 def encode(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,

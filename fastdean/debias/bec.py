@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdean.data.examples import IGNORE_INDEX
 from fastdean.debias.causal import mean_cross_entropy
+from fastdean.default_device import cpu_by_default
 
 _SHOWN_AS_MASK = 0.8
 _SHOWN_AS_RANDOM = 0.1
@@ -38,6 +39,7 @@ class MaskedTokens:
     labels: Tensor
 
 
+@cpu_by_default
 def mask_tokens(
     input_ids: Tensor,
     may_hide: Tensor,

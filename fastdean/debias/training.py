@@ -27,6 +27,7 @@ from fastdean.debias.gender_words import GenderWords
 from fastdean.debias.objectives import Material, Objective, require_method
 from fastdean.debias.resuming import Checkpoint, Checkpoints, announce
 from fastdean.debias.texts import TextEncoder
+from fastdean.default_device import cpu_by_default
 from fastdean.files.declared import Anything, Filled, Maps, Record, Unfit, require
 from fastdean.models.identity import json_digest, model_identity
 from fastdean.models.model_state import evaluation_state, input_device, max_tokens, unwrap
@@ -43,6 +44,7 @@ _MAX_GRADIENT_NORM = 1.0
 OnEval = Callable[[int, nn.Module], Mapping[str, Any] | None]
 
 
+@cpu_by_default
 def fine_tune(
     model: nn.Module,
     tokenizer: Any,

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdean.default_device import cpu_by_default
 from fastdean.wording.mendable import InputTypeError
 
 Estimator = Literal["biased", "unbiased", "normalized"]
@@ -66,6 +67,7 @@ class HSICResult:
         return self.value
 
 
+@cpu_by_default
 def hsic(
     x: Tensor | np.ndarray,
     y: Tensor | np.ndarray,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.data.examples import Example
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.perplexity import Perplexity
 from fastdean.evaluation.statistics.intervals import Interval, mean_interval
 from fastdean.models.forward import prepare_batches, target_logits, target_losses
@@ -37,6 +38,7 @@ class Divergence:
         return float(self.kl_sums.sum() / self.token_counts.sum())
 
 
+@cpu_by_default
 def perplexity_and_divergence(
     model: nn.Module,
     examples: Sequence[Example],

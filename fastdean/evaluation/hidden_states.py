@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdean.data.batching import Batch
 from fastdean.data.examples import IGNORE_INDEX, Example
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.dependence import HSICResult, hsic
 from fastdean.evaluation.passes import rows_of_examples
 from fastdean.models.adapters import require_no_prompts
@@ -39,6 +40,7 @@ def prompts_only(examples: Sequence[Example]) -> list[Example]:
     return prompts
 
 
+@cpu_by_default
 @torch.no_grad()
 def last_token_states(
     model: nn.Module,

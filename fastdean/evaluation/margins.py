@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdean.data.examples import IGNORE_INDEX, Example, encode
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.statistics.intervals import (
     Interval,
     by_unit,
@@ -96,6 +97,7 @@ def encode_pairs(
     return list(zip(safe, unsafe, strict=True))
 
 
+@cpu_by_default
 def response_margins(
     model: nn.Module,
     pairs: Sequence[tuple[Example, Example]],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdean.data.examples import IGNORE_INDEX, Example, encode
 from fastdean.data.sources import PRESETS
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.result import BiasResult, Figures, mean_result, members
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows
@@ -47,6 +48,7 @@ class OverRefusal(Figures):
     log_odds: BiasResult
 
 
+@cpu_by_default
 def over_refusal(
     model: nn.Module,
     tokenizer: Any,

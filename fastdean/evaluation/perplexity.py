@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdean.data.examples import IGNORE_INDEX, Example, read_examples
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.statistics.intervals import Interval, mean_interval
 from fastdean.models.forward import target_log_likelihood
 from fastdean.models.label_shift import label_shift
@@ -50,6 +51,7 @@ class Perplexity:
         return float((self.nll_sums.sum() / self.token_counts.sum()).exp())
 
 
+@cpu_by_default
 def perplexity(
     model: nn.Module,
     examples: Iterable[Any],
@@ -81,6 +83,7 @@ def perplexity(
     return _measure(model, examples, tokens_per_batch, progress)
 
 
+@cpu_by_default
 def perplexity_of_text(
     model: nn.Module,
     tokenizer: Any,

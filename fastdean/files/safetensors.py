@@ -91,7 +91,7 @@ class MappedFiles:
 
     def view(self, tensor: StoredTensor) -> Tensor:
         if not tensor.nbytes:
-            return torch.empty(tensor.shape, dtype=tensor.torch_dtype)
+            return torch.empty(tensor.shape, dtype=tensor.torch_dtype, device="cpu")
         content = torch.frombuffer(
             self._mapped(tensor.file_name),
             dtype=torch.uint8,

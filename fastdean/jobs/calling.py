@@ -6,11 +6,13 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from fastdean.default_device import cpu_by_default
 from fastdean.jobs.coupling.job import Job
 from fastdean.jobs.coupling.steps import run as run_job
 from fastdean.jobs.options import with_fields
 
 
+@cpu_by_default
 def run(
     model: str, *, out: str | Path, overwrite: bool = False, progress: bool = True, **job: Any
 ) -> dict[str, Any]:

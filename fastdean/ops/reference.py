@@ -223,7 +223,7 @@ def select_expert_importance(
 
 def _rows_of(tensor: Tensor, rows: Tensor | None, segments: Tensor) -> Tensor:
     """The segments' tokens, one after the other, [.., columns]."""
-    tokens = [torch.arange(start, end) for start, end in segments.tolist()]
+    tokens = [torch.arange(start, end, device=segments.device) for start, end in segments.tolist()]
     if not tokens:
         return tensor[:0]
     chosen = torch.cat(tokens).to(tensor.device)

@@ -12,6 +12,7 @@ from torch import nn
 from fastdean.data.batching import require_tokens_per_batch
 from fastdean.data.prompts import prompt_row
 from fastdean.data.tokenising import tokenised_prompt
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.answers.continuing import continued, require_generating, stop_ids
 from fastdean.models.batch_size import tokens_per_batch_of
 from fastdean.models.model_state import max_tokens, unwrap
@@ -42,6 +43,7 @@ class Answer:
     finish: str
 
 
+@cpu_by_default
 def generate(
     model: nn.Module,
     tokenizer: Any,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.likelihood import Encoded, Likelihoods, Question
 from fastdean.evaluation.bias.result import (
     TIE_NATS,
@@ -55,6 +56,7 @@ class BBQ(Figures):
     accuracy_when_biased_is_right: LikelihoodResult
 
 
+@cpu_by_default
 def bbq(
     model: nn.Module,
     tokenizer: Any,

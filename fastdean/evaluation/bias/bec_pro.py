@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.likelihood import Likelihoods
 from fastdean.evaluation.bias.occupations import OCCUPATIONS, PERSONS, with_article
 from fastdean.evaluation.bias.result import mean_result, members
@@ -63,6 +64,7 @@ def bec_pro_rows(
     ]
 
 
+@cpu_by_default
 def bec_pro(
     model: nn.Module,
     tokenizer: Any,

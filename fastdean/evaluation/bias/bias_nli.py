@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdean.data.batching import Batch, plan_batches
 from fastdean.data.examples import Example
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.occupations import OCCUPATIONS
 from fastdean.evaluation.bias.result import BiasResult, Figures, mean_result, members
@@ -69,6 +70,7 @@ def nli_rows(
     ]
 
 
+@cpu_by_default
 def bias_nli(
     model: nn.Module,
     tokenizer: Any,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.likelihood import Encoded, Likelihoods, Question
 from fastdean.evaluation.bias.result import mean_result, members, preferred, ties
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
@@ -27,6 +28,7 @@ BIAS_TYPES = (
 )  # fmt: skip
 
 
+@cpu_by_default
 def crows_pairs(
     model: nn.Module,
     tokenizer: Any,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastdean.data.sources import PRESETS
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.likelihood import Likelihoods
 from fastdean.evaluation.bias.result import mean_result, members, preferred, ties
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
@@ -24,6 +25,7 @@ GENDERS = ("female", "male")
 BLANK = "_"
 
 
+@cpu_by_default
 def gender_facts(
     model: nn.Module,
     tokenizer: Any,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastdean.data.batching import Batch, Layout, plan_batches
 from fastdean.data.examples import Example
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.finite import require_finite
 from fastdean.evaluation.bias.likelihood import encode_text, labels_at
 from fastdean.evaluation.bias.result import BiasResult
@@ -40,6 +41,7 @@ _PARTITIONS_PER_CHUNK = 10_000
 _SAME = 1e-7
 
 
+@cpu_by_default
 def seat(
     model: nn.Module,
     tokenizer: Any,

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.likelihood import Encoded, Likelihoods, Question
 from fastdean.evaluation.bias.result import (
     Figures,
@@ -49,6 +50,7 @@ class StereoSet(Figures):
     icat: LikelihoodResult
 
 
+@cpu_by_default
 def stereoset(
     model: nn.Module,
     tokenizer: Any,

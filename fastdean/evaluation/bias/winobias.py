@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.bias.likelihood import Likelihoods
 from fastdean.evaluation.bias.result import Figures, mean_result, members, preferred, ties
 from fastdean.evaluation.bias.rows import Row, Source, benchmark_rows, require_columns
@@ -43,6 +44,7 @@ class WinoBias(Figures):
     difference: LikelihoodResult
 
 
+@cpu_by_default
 def winobias(
     model: nn.Module,
     tokenizer: Any,

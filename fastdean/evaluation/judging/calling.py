@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastdean.data.prompts import prompt_row, prompt_text
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.answers.generation import Answer
 from fastdean.evaluation.answers.records import ORIGINAL, Answered
 from fastdean.evaluation.answers.server import TIMEOUT_SECONDS, Server, require_timeout
@@ -29,6 +30,7 @@ from fastdean.evaluation.judging.templates import (
 from fastdean.wording.mendable import InputTypeError
 
 
+@cpu_by_default
 def judge(
     prompts: Sequence[str | Mapping[str, Any]],
     answers: Sequence[str | Answer],

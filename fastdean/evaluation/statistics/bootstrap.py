@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.statistics.intervals import BOOTSTRAP, Interval, check_confidence
 from fastdean.wording.numbers import require_seed, require_whole
 
@@ -21,6 +22,7 @@ from fastdean.wording.numbers import require_seed, require_whole
 _DRAWS_PER_CHUNK = 4_000_000
 
 
+@cpu_by_default
 def bootstrap_interval(
     statistic: Callable[[Tensor], Tensor],
     n: int,

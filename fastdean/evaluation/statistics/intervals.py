@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdean.default_device import cpu_by_default
 from fastdean.evaluation.statistics.sign_flips import EXACT, sign_flip_test
 from fastdean.wording.mendable import InputTypeError
 from fastdean.wording.numbers import require_real
@@ -238,6 +239,7 @@ def is_share(values: np.ndarray, whole: float) -> bool:
     return bool(np.isin(values, [0.0, whole / 2.0, whole]).all())
 
 
+@cpu_by_default
 def by_unit(values: Tensor, units: Sequence[Hashable]) -> tuple[Tensor, Tensor]:
     """Sum and number of the values of each unit, float64 [units], in the order of appearance."""
     numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
@@ -335,7 +337,7 @@ def _finite(values: Values, name: str) -> np.ndarray:
         # Imaginary parts would be dropped.
         if "complex" in str(getattr(values, "dtype", "")):
             raise TypeError("complex ones")
-        found = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
+        found = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().numpy()
     except (TypeError, ValueError, OverflowError) as error:
         raise InputTypeError(
             f"{name} must be numbers that float64 can hold, got others ({error_line(error)}); give "

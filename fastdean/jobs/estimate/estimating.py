@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdean.default_device import cpu_by_default
 from fastdean.jobs.estimate.found import Estimate
 from fastdean.jobs.estimate.job import EstimateJob
 from fastdean.jobs.estimate.notes import notes, quantised, unrunnable
 
 
+@cpu_by_default
 def estimate(model: str, **asked: Any) -> Estimate:
     """What scoring a model will need: memory, operations, time; no weight is read.
 
