@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
@@ -28,7 +28,7 @@ _callers = threading.local()
 def cpu_by_default(function: Callable[P, T]) -> Callable[P, T]:
     """Decorates a function that makes tensors: the CPU is the default device while it runs.
 
-    So it is for what the function calls, the caller's model, loss and loader too. Of a generator
+    So it is for what the function calls, the caller's model and loss too. Of a generator
     function each step runs so; what it yields is used under the caller's default device, as is the
     block of a context manager that is made of one.
     """
@@ -54,6 +54,26 @@ def cpu_by_default(function: Callable[P, T]) -> Callable[P, T]:
 def callers_default_device() -> torch.device | None:
     """The default device of who called FastDEAN; None: the CPU, which it is if nobody sets one."""
     return _other_than_cpu() or getattr(_callers, "device", None)
+
+
+def of_the_caller(items: Iterable[T]) -> Iterator[T]:
+    """Steps of the caller's own iterable, under the default device that he set.
+
+    A `DataLoader` that shuffles draws on the default device, where its generator has to be.
+    """
+    device = getattr(_callers, "device", None)
+    if device is None:
+        yield from items
+        return
+    with device:
+        steps = iter(items)
+    while True:
+        with device:
+            try:
+                item = next(steps)
+            except StopIteration:
+                return
+        yield item
 
 
 class _Steps(Generator[Any, Any, Any]):

@@ -263,6 +263,20 @@ def test_who_is_given_what_a_generator_yields_has_his_own_default_device():
     assert ended.value.value.device.type == "cpu"
 
 
+def test_a_loader_has_the_callers_default_device():
+    """A `DataLoader` that shuffles draws there, and takes no generator of another device."""
+
+    def loader():
+        yield from OF_CLASSES
+        seen.append(torch.get_default_device().type)
+
+    seen, model = [], gpt2()
+    with default("meta"):
+        read_examples(loader())
+        collapse_metrics(model, loader(), some_classes(), progress=False)
+    assert seen == ["meta"] * 2
+
+
 def test_a_model_goes_to_the_callers_default_device_unless_another_is_named(tmp_path, monkeypatch):
     folder, placed = str(tiny_folders.save_model(tmp_path / "model")), []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -82,7 +82,7 @@ def score(
     weights are gathered for its windows alone. It is left sharded. The ranks over which tensor
     parallel splits a model are given the same examples, and each sums what it has of the weights.
 
-    `model`, `loader` and `loss_fn` run with the CPU as the default device, whatever
+    `model` and `loss_fn` run with the CPU as the default device, whatever
     `torch.set_default_device` was called with: they must say where else a tensor is to lie.
 
     Args:

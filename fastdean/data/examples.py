@@ -17,7 +17,7 @@ from fastdean.data.segments import DIVIDING_COLUMNS
 from fastdean.data.skipped import Skipped
 from fastdean.data.token_columns import as_rows, beside, carried_rows, example_spans
 from fastdean.data.tokenising import IGNORE_INDEX, TEMPLATES, tokenised
-from fastdean.default_device import cpu_by_default
+from fastdean.default_device import cpu_by_default, of_the_caller
 from fastdean.wording.mendable import InputTypeError
 from fastdean.wording.numbers import require_whole
 
@@ -161,7 +161,7 @@ def numbered_examples(
         )
     _check_max_length(max_length)
     examples: list[tuple[int, Example]] = []
-    for position, item in enumerate(loader):
+    for position, item in enumerate(of_the_caller(loader)):
         first = len(examples) + (0 if skipped is None else len(skipped.rows))
         if isinstance(item, Example):
             examples.append((first, item.first(max_length)))
