@@ -25,6 +25,7 @@ from fastdean.coupling.subject import Subject
 from fastdean.coupling.tried_sets import try_sets
 from fastdean.coupling.workloads.custom_loss import LossFunction
 from fastdean.default_device import cpu_by_default
+from fastdean.models.experts.products import running_experts_alike
 from fastdean.models.layers.streaming import StreamedModel
 from fastdean.models.model_state import eager, evaluation_state, frozen, strict_determinism
 from fastdean.models.ranks.distributed import Ranks, check_rank_timeout, failing_together
@@ -257,8 +258,10 @@ def score_sets(
     require_same_weights(targets, subject, ranks)
     reading = dict(subject.with_tokenizer(reading, loaders))
     subject.require_room(asked, targets, len(loaders))
+    stacks = {target.module for target in targets if target.stacked}
     with (
         strict_determinism(deterministic),
+        running_experts_alike(stacks if deterministic else ()),
         eager(),
         subject.own_autocast(),
         subject.outside_layers(),

@@ -196,6 +196,15 @@ def least_by_layers(model, **options):
 SPARSE = {"keep_top": 0.02}
 
 
+@pytest.fixture
+def one_thread():
+    """Of several, products of another size may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "order, options",
     [
@@ -204,7 +213,7 @@ SPARSE = {"keep_top": 0.02}
         *((order, SPARSE | {"scope": "tensor"}) for order in ("batches", "layers")),
     ],
 )
-def test_experts_are_scored_in_parts_where_memory_is_short(order, options):
+def test_experts_are_scored_in_parts_where_memory_is_short(order, options, one_thread):
     model = experts_model("Qwen2Moe")
     options = {"expert_scope": options.get("scope", "expert"), "keep_top": options.get("keep_top")}
     whole = scored(model, order=order, **options)
@@ -224,6 +233,22 @@ def test_experts_are_scored_in_parts_where_memory_is_short(order, options):
     assert parts == [(part, i) for i in (0, 1) for part in ((0, 3), (3, 5))]
     with pytest.raises(ValueError, match="memory_budget must hold the sums of at least one matrix"):
         scored(model, order="batches", memory_budget=least // EXPERTS - 1)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3"])
+def test_deterministic_bits_depend_on_no_order_and_no_budget(family, monkeypatch):
+    """The model's own implementation rounds otherwise than ours, which stands in for it."""
+    model, own_forward = experts_model(family), expert_products._own_forward
+
+    def another(module):
+        return lambda *args: own_forward(module)(*args) * (1 + 2**-20)
+
+    monkeypatch.setattr(expert_products, "_own_forward", another)
+    expected = scored(model, order="batches", deterministic=True)
+    for order, budget in (("batches", 1 << 19), ("layers", None), ("layers", 1 << 20)):
+        found = scored(model, order=order, memory_budget=budget, deterministic=True)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), (order, budget, name)
 
 
 # The context in which experts run through what hands over their products.

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -145,6 +145,19 @@ def listening_to_experts(
         for module in listeners:
             _take(module, block)
         yield
+
+
+def running_experts_alike(modules: Collection[nn.Module]) -> AbstractContextManager[None]:
+    """Inside, these modules run through `run_experts` also where nobody listens to them.
+
+    So a pass gives the same bits whoever is listened to in it: their own implementation may round
+    otherwise.
+    """
+
+    def unheard(leaf: str, x: Tensor, product: Tensor, routing: Routing) -> Tensor:
+        return product
+
+    return listening_to_experts(dict.fromkeys(modules, unheard))
 
 
 def _register() -> None:
