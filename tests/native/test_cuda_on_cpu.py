@@ -22,7 +22,11 @@ from cuda_on_cpu import (
     removed_barriers,
 )
 
-OVERFLOW = r"(heap|global)-buffer-overflow|out of bounds for type|load of null pointer"
+# A wild address may lie in no memory at all.
+OVERFLOW = (
+    r"(heap|global)-buffer-overflow|out of bounds for type|load of null pointer"
+    r"|SEGV on unknown address"
+)
 UNWRITTEN = ": reads shared memory that its block has not written"
 LINUX = ("Linux", "x86_64")
 DEVICE_FUNCTIONS = {"block_sum", "act_on_row"}

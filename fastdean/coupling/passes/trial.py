@@ -35,7 +35,7 @@ from fastdean.models.hooks import take_gradients
 from fastdean.models.model_state import fresh_leaves
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.shards import placed_like
-from fastdean.precision import full_fp32_products
+from fastdean.precision import full_fp32_products, product_epsilon
 from fastdean.wording.log import logger
 from fastdean.wording.mendable import StateError
 
@@ -222,7 +222,7 @@ def require_losses_of_their_own(work: Workload, device: torch.device, name: str)
         # For the loss to say.
         return
     # The losses may be fp32 where the model computes in less.
-    epsilon = max(torch.finfo(each.dtype).eps for each in _floating(work.model))
+    epsilon = max(product_epsilon(each.device, each.dtype) for each in _floating(work.model))
     if not (together - alone).norm() <= max(1e-3, 6 * epsilon) * together.norm():
         who, remedy = work.of_its_own
         raise StateError(
