@@ -13,6 +13,7 @@ from oracle import norm_error, weight_importance
 from tiny_data import batches, make_examples
 from tiny_experts import experts_model, own_importance
 from tiny_models import gpt2, llama
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdean
@@ -124,3 +125,28 @@ def test_rounding_of_products_is_no_other_layout(name, precision, allow):
         allow(precision)
     with RoundedProducts(), torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
         assert exact_layout(MODELS[name](), examples) == expected
+
+
+class Made(TorchDispatchMode):
+    """Notes the memory of tensors in bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.bfloat16:
+            self.memory.append(StorageWeakRef(made.untyped_storage()))
+        return made
+
+
+def test_autocast_keeps_no_copy_of_the_weights():
+    """It would until the caller's block ends: half a model's worth of memory."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with Made() as made:
+            fastdean.score(
+                llama(), batches(make_examples(), 2), target_modules="every", progress=False
+            )
+        kept = sum(not each.expired() for each in made.memory)
+    assert made.memory and not kept
