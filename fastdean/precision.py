@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,26 +18,70 @@ FULL = "ieee"
 _STEPS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
+_LOCK = threading.RLock()
+# The process has one precision: the first block to begin, on any thread, notes the caller's, and
+# the last to end gives it back.
+_blocks: set[object] = set()
+_callers: list[Callable[[], None]] = []
+
+
 @contextmanager
 def full_fp32_products() -> Iterator[None]:
     """No TF32 and no bf16 inside, whatever the caller allows the model's own products."""
-    backends = _backends()
-    allowed = [backend.fp32_precision for backend in backends]
+    block = object()
 
     def restore() -> None:
-        for backend, precision in zip(backends, allowed, strict=True):
-            backend.fp32_precision = precision
+        with _LOCK:
+            _blocks.discard(block)
+            if not _blocks and _callers:
+                _callers[0]()
+                _callers.clear()
 
     # Twice: an interrupt of the first time leaves the second.
     try:
         try:
-            for backend in backends:
-                backend.fp32_precision = FULL
+            with _LOCK:
+                if not _callers:
+                    _callers.append(_given_back())
+                _blocks.add(block)
+                # Before the others: where they disagree with it, torch refuses to tell a model.
+                if _older_switch() is not None:
+                    torch.set_float32_matmul_precision("highest")
+                for backend in _backends():
+                    backend.fp32_precision = FULL
             yield
         finally:
             restore()
     finally:
         restore()
+
+
+def _given_back() -> Callable[[], None]:
+    """Gives the caller's precision back, as it is now."""
+    backends = _backends()
+    allowed = [backend.fp32_precision for backend in backends]
+    older = _older_switch()
+
+    def give_back() -> None:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, allowed, strict=True):
+            # What comes from `torch.backends.fp32_precision` goes on to follow it.
+            backend.fp32_precision = "none"
+            if precision not in _STEPS or backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+    return give_back
+
+
+def _older_switch() -> str | None:
+    """None where nothing is rounded, or the caller has set a newer one that disagrees with it."""
+    if not any(backend.fp32_precision in _STEPS for backend in _backends()):
+        return None
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

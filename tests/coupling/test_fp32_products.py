@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdean
 from fastdean.data.examples import Example
 from fastdean.models.exact_layout import exact_layout
+from fastdean.precision import full_fp32_products
 
 # Bits of the fraction that are left.
 BITS = {"tf32": 10, "bf16": 7}
@@ -150,3 +151,45 @@ def test_autocast_keeps_no_copy_of_the_weights():
             )
         kept = sum(not each.expired() for each in made.memory)
     assert made.memory and not kept
+
+
+def test_blocks_that_overlap_give_the_callers_precision_back(allow):
+    """As of two threads: the first one to end is not the last."""
+    allow("high")
+    one, other = full_fp32_products(), full_fp32_products()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "highest"
+    other.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_a_precision_of_all_products_stays_one(allow):
+    """What follows `torch.backends.fp32_precision` goes on to follow it."""
+    allow("highest")
+    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = torch.backends.fp32_precision
+    try:
+        for each in products:
+            each.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with full_fp32_products():
+            assert [each.fp32_precision for each in products] == ["ieee"] * 2
+        assert [each.fp32_precision for each in products] == ["tf32"] * 2
+        torch.backends.fp32_precision = "ieee"
+        assert [each.fp32_precision for each in products] == ["ieee"] * 2
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_a_model_may_ask_for_the_older_switch(allow):
+    """torch raises where the older and the newer switches disagree."""
+    allow("high")
+    model, seen = llama(), []
+    model.register_forward_pre_hook(
+        lambda module, args: seen.append(torch.backends.cuda.matmul.allow_tf32)
+    )
+    fastdean.score(model, batches(make_examples(), 2), progress=False)
+    # In full where it is measured, as the caller allows where it is scored.
+    assert set(seen) == {False, True}
