@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FULL = "ieee"
 # The distance of 1 to the next number that a factor may be.
 _STEPS = {"tf32": 2.0**-10, "bf16": 2.0**-7}
+# Dtypes that `torch.autocast` casts to its own.
+_CAST = {torch.float32, torch.float16, torch.bfloat16}
 
 
 _LOCK = threading.RLock()
@@ -92,29 +95,34 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def fp32_products(device: torch.device) -> str:
-    """What products of fp32 matrices are there, as the caller lets them be.
+def reduced_products(parameters: Iterable[Tensor], device: torch.device) -> set[str]:
+    """How products with these parameters are rounded, as the caller lets them be.
 
+    Args:
+        device: where a parameter computes that lies nowhere now.
     Returns:
-        "ieee", "tf32" or "bf16"; "autocast to bfloat16" and the like inside of `torch.autocast`.
+        Of "tf32", "bf16", and "autocast to bfloat16" and the like inside of `torch.autocast`.
     """
-    cast = autocast_dtype(device)
-    if cast is not None:
-        return f"autocast to {str(cast).removeprefix('torch.')}"
-    cuda, onednn = _backends()
-    allowed = (cuda if device.type == "cuda" else onednn).fp32_precision
-    return FULL if allowed == "none" else allowed
+    kinds = {(device if each.is_meta else each.device, each.dtype) for each in parameters}
+    return {_products(place, dtype) for place, dtype in kinds} - {FULL}
 
 
 def product_epsilon(device: torch.device, dtype: torch.dtype) -> float:
     """Of the factors of products of such matrices there, as `torch.finfo(dtype).eps`."""
     own = torch.finfo(dtype).eps
-    if dtype != torch.float32:
-        return own
     cast = autocast_dtype(device)
-    if cast is not None:
+    if cast is not None and dtype in _CAST:
         return max(own, torch.finfo(cast).eps)
-    return _STEPS.get(fp32_products(device), own)
+    return max(own, _STEPS.get(_products(device, dtype), own))
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> str:
+    cast = autocast_dtype(device)
+    if cast is not None and dtype in _CAST - {cast}:
+        return f"autocast to {str(cast).removeprefix('torch.')}"
+    cuda, onednn = _backends()
+    allowed = (cuda if device.type == "cuda" else onednn).fp32_precision
+    return allowed if dtype == torch.float32 and allowed in _STEPS else FULL
 
 
 def _backends() -> tuple[Any, Any]:

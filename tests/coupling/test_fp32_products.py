@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pytest
+import tiny_folders
 import torch
 from oracle import norm_error, weight_importance
 from tiny_data import batches, make_examples
@@ -126,6 +127,20 @@ def test_rounding_of_products_is_no_other_layout(name, precision, allow):
         allow(precision)
     with RoundedProducts(), torch.autocast("cpu", torch.bfloat16, precision == "autocast"):
         assert exact_layout(MODELS[name](), examples) == expected
+
+
+def test_products_that_autocast_casts_further_are_named():
+    loader = batches(make_examples(), 2)
+    with torch.autocast("cpu", torch.float16):
+        scores = fastdean.score(llama().bfloat16(), loader, progress=False)
+    assert scores.manifest["fp32_products"] == "autocast to float16"
+
+
+def test_products_with_weights_that_are_read_layer_by_layer_are_named(tmp_path):
+    folder = str(tiny_folders.save_model(tmp_path / "model"))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = fastdean.score(folder, batches(make_examples(), 2), keep_top=0.1, progress=False)
+    assert scores.manifest["fp32_products"] == "autocast to bfloat16"
 
 
 class Made(TorchDispatchMode):
