@@ -101,15 +101,31 @@ def prepared(model, device):
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16").prepare(model)
 
 
-@pytest.mark.parametrize("way", ["around the call", "in the model's forward pass"])
+def casting(model, device):
+    """The model, of a class whose forward pass casts."""
+
+    class Casting(type(model)):
+        def forward(self, *args, **kwargs):
+            with torch.autocast(device, torch.bfloat16):
+                return super().forward(*args, **kwargs)
+
+    Casting.__name__ = type(model).__name__
+    model.__class__ = Casting
+    return model
+
+
+WAYS = {"in the model's forward pass": prepared, "in the class's forward pass": casting}
+
+
+@pytest.mark.parametrize("way", ["around the call", *WAYS])
 @pytest.mark.parametrize("order", ["batches", "layers"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_model_is_scored_under_autocast(device, name, order, way):
     model, examples = MODELS[name]().to(device), make_examples(lengths=(20, 33, 17, 40))
     around = torch.autocast(device, torch.bfloat16)
-    if way == "in the model's forward pass":
-        model, around = prepared(model, device), nullcontext()
+    if way in WAYS:
+        model, around = WAYS[way](model, device), nullcontext()
     with around:
         scores = fastdean.score(model, batches(examples, 2), order=order, progress=False)
     assert not torch.is_autocast_enabled(device)
