@@ -12,7 +12,6 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -45,8 +44,7 @@ def cpu_by_default(function: Callable[P, T]) -> Callable[P, T]:
         other = _other_than_cpu()
         if other is None:
             return function(*args, **kwargs)
-        with _cpu_in_place_of(other):
-            return function(*args, **kwargs)
+        return _with_default(_cpu(), other, lambda: function(*args, **kwargs))
 
     return call
 
@@ -65,14 +63,12 @@ def of_the_caller(items: Iterable[T]) -> Iterator[T]:
     if device is None:
         yield from items
         return
-    with device:
-        steps = iter(items)
+    steps = _with_default(device, device, lambda: iter(items))
     while True:
-        with device:
-            try:
-                item = next(steps)
-            except StopIteration:
-                return
+        try:
+            item = _with_default(device, device, lambda: next(steps))
+        except StopIteration:
+            return
         yield item
 
 
@@ -106,14 +102,36 @@ def _other_than_cpu() -> torch.device | None:
     return None if device.type == "cpu" else device
 
 
-@contextmanager
-def _cpu_in_place_of(device: torch.device) -> Iterator[None]:
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
+def _with_default(device: torch.device, callers: torch.device, step: Callable[[], T]) -> T:
+    """What `step()` returns with this default device, which is undone after it.
+
+    Args:
+        callers: the default device of who called FastDEAN, while it runs.
+    """
     import torch
 
     before = getattr(_callers, "device", None)
-    _callers.device = device
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
+    depth = torch._C._len_torch_function_stack()
+
+    def undo() -> None:
         _callers.device = before
+        while torch._C._len_torch_function_stack() > depth:
+            device.__exit__(None, None, None)
+
+    # Twice: an interrupt of the first time leaves the second. Not by `with`, the end of which an
+    # interrupt skips: the caller's own block would then undo this one, and leave its own.
+    try:
+        try:
+            _callers.device = callers
+            device.__enter__()
+            return step()
+        finally:
+            undo()
+    finally:
+        undo()

@@ -14,6 +14,7 @@ import pytest
 import tiny_bias
 import tiny_folders
 import torch
+from interrupts import interrupt, moments
 from tiny_bias import SMALL_BOOTSTRAP
 from tiny_classes import gradients, rich_batches, some_classes
 from tiny_data import batches, make_examples
@@ -28,6 +29,7 @@ from fastdean import (
     Scores,
     collapse_metrics,
     couple,
+    default_device,
     hsic,
     patch_checkpoint,
     score,
@@ -233,6 +235,25 @@ def test_the_default_device_is_as_it_was_also_after_an_error():
                 score(model, [], **QUIET)
             assert torch.get_default_device().type == "meta"
         assert torch.get_default_device().type == "cpu"
+
+
+def test_the_default_device_is_as_it_was_after_an_interrupt_at_any_line():
+    model = llama()
+
+    def call():
+        with torch.device("meta"):
+            score(model, LOADER, target_modules=["down_proj"], **QUIET)
+
+    def left():
+        modes = torch._C._len_torch_function_stack()
+        return modes, getattr(default_device._callers, "device", None)
+
+    # What is measured of the model is kept.
+    call()
+    files, before = [default_device.__file__], left()
+    for moment in moments(call, files):
+        interrupt(call, files, moment)
+        assert left() == before
 
 
 def test_who_is_given_what_a_generator_yields_has_his_own_default_device():

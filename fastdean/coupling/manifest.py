@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastdean.coupling.results.expert_load import KEY, described_load
-from fastdean.precision import FULL, fp32_products
+from fastdean.precision import reduced_products
 from fastdean.wording.log import logger
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def score_manifest(
     expert_scope: str,
     ranks: Ranks,
     found: Survey,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The manifest of a `score()`.
 
@@ -38,6 +39,7 @@ def score_manifest(
         targets: the modules that were matched; `scored`: the entries, by parameter.
         scorables: of one data set, those that hooks score first.
         found: the model's survey.
+        device: where weights compute that lie nowhere now.
     """
     from fastdean.coupling.targets.coverage import coverage
     from fastdean.files.provenance import now, public_name, versions
@@ -53,13 +55,14 @@ def score_manifest(
         if target.by_example and target.parameter in scored
     ]
     left_out = {name: why for each in scorables for name, why in each.left_out.items()}
+    rounded = reduced_products((target.weight for target in targets), device)
     optional = {
         "keep_top": keep_top,
         "expert_scope": expert_scope if _of_experts(scored) else None,
         "unseen_experts": _unseen(scored) or None,
         KEY: described_load(scored, found) or None,
         "tensor_parallel": len(ranks.team) if ranks.teams else None,
-        "fp32_products": _reduced_products(targets),
+        "fp32_products": ", ".join(sorted(rounded)) or None,
         "loss_scale": None if scorable.scale is None else scorable.scale.factor,
         "one_example_per_batch": scorable.alone,
         # The others are scored through hooks.
@@ -83,13 +86,6 @@ def score_manifest(
         **scorable.work.describe(),
         **{key: value for key, value in optional.items() if value is not None},
     }
-
-
-def _reduced_products(targets: Sequence[Target]) -> str | None:
-    """What rounds the factors of products of fp32 matrices, where the caller allows that."""
-    weights = [target.weight for target in targets if target.weight.dtype == torch.float32]
-    allowed = {fp32_products(weight.device) for weight in weights} - {FULL}
-    return ", ".join(sorted(allowed)) or None
 
 
 def warn_about_unseen(scored: Mapping[str, ScoreEntry]) -> None:

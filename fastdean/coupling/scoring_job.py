@@ -195,7 +195,13 @@ class ScoringJob:
             for name, scorable in self.sets.all
         }
         parts = job_parts(
-            subject.model, subject.layers, self.targets, named, options, subject.ranks
+            subject.model,
+            subject.layers,
+            self.targets,
+            named,
+            options,
+            subject.ranks,
+            subject.device,
         )
         results = sum(
             entries_bytes(s.targets, asked.granularity, asked.keep_top, asked.signs) for s in sets
@@ -285,6 +291,7 @@ class ScoringJob:
             asked.expert_scope,
             subject.ranks,
             subject.found,
+            subject.device,
         )
         warn_about_unseen(entries)
         described = order.described(used)

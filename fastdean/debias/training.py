@@ -192,6 +192,7 @@ class _Training:
         self._checkpoints, self._save_every = Checkpoints(folder, job), every
         found = self._checkpoints.restore(self._restore, resume=resume)
         if found is not None:
+            torch.clear_autocast_cache()
             announce(folder, found.step, self.course.steps)
             self.history = found.history
             if found.step == self.course.steps:
@@ -239,6 +240,8 @@ class _Training:
             parameters["lr"] = rate
         nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
         self._optimizer.step()
+        # Inside of the caller's autocast, of the weights before the step.
+        torch.clear_autocast_cache()
         self._optimizer.zero_grad()
         collapse = None if self.regularizer is None else totals["collapse"]
         return {"step": step + 1, **totals, "collapse": collapse, "learning_rate": rate}

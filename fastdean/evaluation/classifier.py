@@ -161,6 +161,8 @@ def _train(
             loss.backward()
             nn.utils.clip_grad_norm_(classifier.parameters(), _MAX_GRADIENT_NORM)
             optimizer.step()
+            # Inside of the caller's autocast, of the weights before the step.
+            torch.clear_autocast_cache()
             optimizer.zero_grad()
             bar.update()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdean import ops
 from fastdean.masks.entries import EDITABLE_DTYPES
 from fastdean.models.adapters import parameter_paths
+from fastdean.models.model_state import undone
 from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.sharded import resharded
 from fastdean.models.ranks.shards import OwnBlock, is_sharded
@@ -112,10 +113,13 @@ class Weights:
     def write_(
         self, parts: Sequence[Part], values: Sequence[Tensor], impl: str | None = None
     ) -> None:
-        ops.write_at_(*self._at(parts), values, impl=impl)
+        with undone(torch.clear_autocast_cache):
+            ops.write_at_(*self._at(parts), values, impl=impl)
 
     def zero_(self, parts: Sequence[Part], impl: str | None) -> None:
-        ops.zero_at_(*self._at(parts), impl=impl)
+        # Inside of autocast a model goes on with what its weights were cast to before.
+        with undone(torch.clear_autocast_cache):
+            ops.zero_at_(*self._at(parts), impl=impl)
 
     def _at(self, parts: Sequence[Part]) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors in memory, and the flat indices of the parts in them."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastdean.models.adapters import base_model, require_no_prompts
+from fastdean.models.model_state import undone
 from fastdean.models.probes import (
     repeats,
     sees_ahead,
@@ -70,16 +71,21 @@ def _as_it_was_built(model: nn.Module) -> Iterator[None]:
     BigBird goes over from block-sparse to full attention so, and stays with it for longer texts.
     """
     built = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
-    yield
-    other = next((module for module, _, parts in built if module._modules != parts), None)
-    if other is None:
+    exchanged: list[str] = []
+
+    def put_back() -> None:
+        exchanged.extend(type(m).__name__ for m, _, parts in built if m._modules != parts)
+        for module, attributes, parts in built if exchanged else ():
+            vars(module).update(attributes)
+            module._modules.update(parts)
+
+    with undone(put_back):
+        yield
+    if not exchanged:
         return
-    for module, attributes, parts in built:
-        vars(module).update(attributes)
-        module._modules.update(parts)
     raise ValueError(
         "model must keep its modules in a forward pass, got a "
-        f"{type(other).__name__} that exchanges some of its own for short texts; load it so that "
+        f"{exchanged[0]} that exchanges some of its own for short texts; load it so that "
         "it computes the same for all lengths (BigBird: attention_type='original_full')"
     )
 

@@ -213,6 +213,8 @@ def fresh_leaves(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[list[T
     def undo() -> None:
         for module, name, parameter in places:
             module._parameters[name] = parameter
+        # Of what takes a gradient, autocast keeps what it cast it to until the caller's ends.
+        torch.clear_autocast_cache()
 
     with undone(undo):
         for module, name, parameter in places:

@@ -170,10 +170,11 @@ def numbers_from(model: nn.Module, start: int) -> bool:
 def own_autocast(model: nn.Module) -> torch.dtype | None:
     """The dtype that the model's own forward pass casts products to, as accelerate prepares models.
 
-    None, unmeasured, for a forward pass that nobody has put in the place of the class's, and for
-    what accelerate puts there to move weights, which would come in once more.
+    None, unmeasured, for the forward pass of a class of transformers, and for what accelerate puts
+    in its place to move weights, which would come in once more.
     """
-    if "forward" not in vars(model) or "_old_forward" in vars(model):
+    ordinary = getattr(model.forward, "__module__", "").startswith("transformers.")
+    if "_old_forward" in vars(model) or (ordinary and "forward" not in vars(model)):
         return None
 
     def measured() -> torch.dtype | None:
@@ -188,7 +189,8 @@ def own_autocast(model: nn.Module) -> torch.dtype | None:
             _logits_of_ids(model, ids)
         return found[0] if found else None
 
-    return _tried(measured, _NO_RUN, None)
+    # With a loss of its caller's it may be any module.
+    return _tried(measured, (*_NO_RUN, LookupError), None)
 
 
 def packing_is_exact(model: nn.Module, examples: Sequence[Example]) -> bool:

@@ -402,6 +402,14 @@ def test_what_has_changed_is_named(part, job):
     assert contents(job) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_precision_of_products_is_named(dtype, tmp_path, monkeypatch):
+    stopped(tmp_path / "job", 5, monkeypatch, llama().to(dtype))
+    message = "differs in precision of products;"
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=message):
+        score(llama().to(dtype), resume=tmp_path / "job")
+
+
 def test_no_name_of_a_set_is_that_of_another_sets_part(tmp_path, monkeypatch):
     """What hooks score and what is scored by example are told apart, whatever a set is called."""
     names = "a", "a, by example"

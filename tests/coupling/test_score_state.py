@@ -228,6 +228,10 @@ def test_gradient_checkpointing_in_training_mode(use_reentrant):
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def _interrupt(module, args):
+    raise KeyboardInterrupt
+
+
 def test_a_model_that_changes_itself_in_short_texts_is_refused_and_stays_as_it_was():
     """BigBird would be scored, and left, with another attention than it was loaded with."""
     from transformers import BigBirdConfig, BigBirdForMaskedLM
@@ -236,6 +240,9 @@ def test_a_model_that_changes_itself_in_short_texts_is_refused_and_stays_as_it_w
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128, "block_size": 4}
     sparse = BigBirdForMaskedLM(BigBirdConfig(**sizes, num_random_blocks=1))
     modules = list(sparse.modules())
+    with sparse.cls.register_forward_pre_hook(_interrupt), pytest.raises(KeyboardInterrupt):
+        run(sparse)
+    assert list(sparse.modules()) == modules
     with pytest.raises(ValueError, match="model must keep its modules .* BigBirdAttention that ex"):
         run(sparse)
     assert list(sparse.modules()) == modules

@@ -797,3 +797,22 @@ def test_progress_says_nothing_when_it_is_off(capfd, caplog):
     with caplog.at_level(logging.DEBUG):
         train(CAUSAL(), steps=1)
     assert capfd.readouterr() == ("", "") and caplog.text == ""
+
+
+def test_each_step_has_the_weights_of_the_last_one_inside_of_autocast(tmp_path):
+    """Autocast goes on with what it cast weights to before, unless it is told that they changed."""
+
+    def stop(step, model):
+        raise KeyboardInterrupt
+
+    def trained(cached):
+        model, options = CAUSAL(), {"steps": 4, "save_every": 2, "out": tmp_path / str(cached)}
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            with pytest.raises(KeyboardInterrupt):
+                train(model, on_eval=stop, eval_every=3, **options)
+            history = train(CAUSAL(), **options)
+            return history, train(CAUSAL(), steps=4)
+
+    kept, straight = trained(cached=True)
+    assert kept == straight
+    assert (kept, straight) == trained(cached=False)

@@ -124,3 +124,15 @@ def test_what_cannot_be_done_is_refused_in_a_line(tmp_path):
         fine_tuned_classifier(llama(), tiny_words.tokenizer(), TEXTS, TARGETS)
     with pytest.raises(ValueError, match="texts must be at least one and as many as targets, got"):
         fine_tuned_classifier(bert(), tiny_words.tokenizer(), TEXTS, [])
+
+
+def test_a_head_learns_inside_of_autocast_as_without_its_cache():
+    def trained(cached):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            head = fine_tuned_classifier(
+                bert(), tiny_words.tokenizer(), TEXTS, TARGETS, labels=("a", "b"), progress=False
+            )
+        return head.state_dict()
+
+    kept, expected = trained(cached=True), trained(cached=False)
+    assert all(torch.equal(kept[name], each) for name, each in expected.items())

@@ -309,3 +309,17 @@ def test_two_threads_toggle_two_models():
     assert failures == []
     for model, expected in zip(models, before, strict=True):
         assert_bits(model, expected)
+
+
+def test_a_model_computes_with_the_edit_inside_of_autocast(model, mask):
+    """Which goes on with what it cast the weights to before, where they take a gradient."""
+    x = torch.randn(3, model.layers[0].in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model.layers[0](x)
+        with mask.applied(model):
+            edited = model.layers[0](x)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                expected = model.layers[0](x)
+        after = model.layers[0](x)
+    assert torch.equal(edited, expected) and not torch.equal(edited, before)
+    assert torch.equal(after, before)

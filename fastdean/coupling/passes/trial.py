@@ -318,8 +318,6 @@ def _try_out(
                 loss.backward(retain_graph=b != last)
                 del loss
         del batch
-    # Of weights that take a gradient, autocast keeps what it cast them to, here for the last time.
-    torch.clear_autocast_cache()
     tried = Scorable(list(targets), work, scale, conclusive=conclusive)
     return seen.judged(rows, tried, otherwise)
 

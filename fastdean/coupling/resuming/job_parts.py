@@ -21,7 +21,7 @@ from fastdean.models.ranks.distributed import Ranks
 from fastdean.models.ranks.shards import OwnBlock, is_sharded
 from fastdean.models.trees import tensors
 from fastdean.ops._dispatch import ENVIRONMENT_VARIABLE
-from fastdean.precision import fp32_products
+from fastdean.precision import reduced_products
 
 # Of which another version may round, or define, otherwise.
 _PACKAGES = ("fastdean", "torch", "transformers")
@@ -38,6 +38,7 @@ def job_parts(
     sets: Mapping[str, Scorable],
     options: Mapping[str, Any],
     ranks: Ranks,
+    device: torch.device,
 ) -> dict[str, str]:
     """Name of a part -> text that another job has otherwise.
 
@@ -47,6 +48,7 @@ def job_parts(
         targets: those that were matched.
         sets: by their names in quotes, with what else tells them apart behind.
         options: arguments of the job, plain values.
+        device: where weights compute that lie nowhere now.
     """
     installed = versions()
     inside = {module for layer in layers.values() for module in layer.modules()}
@@ -57,7 +59,7 @@ def job_parts(
         **model_parts(model),
         "dtype": " ".join(sorted({str(parameter.dtype) for parameter in model.parameters()})),
         "device": " ".join(sorted({_device(p) for p in model.parameters() if not p.is_meta})),
-        "precision of fp32 products": _precision(model),
+        "precision of products": " ".join(sorted(reduced_products(model.parameters(), device))),
         "layers": " ".join(layers),
         "weights outside the layers": weights_digest(model, inside),
         "names of the data sets": " ".join(sets),
@@ -128,11 +130,6 @@ def _device(parameter: nn.Parameter) -> str:
     if device.type != "cuda":
         return str(device)
     return f"{device} {torch.cuda.get_device_name(device)}"
-
-
-def _precision(model: nn.Module) -> str:
-    weights = [each for each in model.parameters() if each.dtype == torch.float32]
-    return " ".join(sorted({fp32_products(weight.device) for weight in weights}))
 
 
 def _data(work: Workload) -> str:
