@@ -95,6 +95,16 @@ def test_a_model_is_scored_in_the_products_that_the_caller_allows(
     )
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """What accelerate was asked for before in this process is asked for of everybody after."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def prepared(model, device):
     from accelerate import Accelerator
 
@@ -121,7 +131,7 @@ WAYS = {"in the model's forward pass": prepared, "in the class's forward pass": 
 @pytest.mark.parametrize("order", ["batches", "layers"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_model_is_scored_under_autocast(device, name, order, way):
+def test_a_model_is_scored_under_autocast(device, name, order, way, fresh_accelerate):
     model, examples = MODELS[name]().to(device), make_examples(lengths=(20, 33, 17, 40))
     around = torch.autocast(device, torch.bfloat16)
     if way in WAYS:
